@@ -1,0 +1,794 @@
+"""Shared code of the VAE tutorial notebooks: ``import vae_helpers as vh``.
+
+Sections: settings, data, likelihood terms, the convolutional VAE, training, pictures.
+
+A *model* is any ``nn.Module`` whose ``encode(x, y=None)`` and ``decode(z, y=None)`` return ``torch.distributions``
+objects of batch shape [B]: q(z|x) and p(x|z). ``x`` is float in [0, 1] of shape [B, C, H, W]; ``y`` holds int64
+labels [B]. The prior is N(0, I) unless the model has its own distribution ``prior``. Log-likelihoods are in nats.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+import os
+import re
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import UnidentifiedImageError
+from sklearn.datasets import load_digits, load_sample_images
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Distribution, Independent, Normal, kl_divergence
+from torchvision import datasets
+from torchvision.datasets.utils import check_integrity
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+ROOT = Path(__file__).resolve().parent
+BUDGETS = ("quick", "standard", "full")
+STYLE = ["tableau-colorblind10", {"figure.dpi": 80, "figure.constrained_layout.use": True, "image.cmap": "gray",
+                                  "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": "medium"}]
+
+
+def budget(quick, standard, full):
+    """The one of the three values that the environment variable VAE_BUDGET names; ``standard`` when it is unset.
+
+    Raises ValueError when VAE_BUDGET is none of quick, standard, full.
+    """
+    name = os.environ.get("VAE_BUDGET") or "standard"
+    if name not in BUDGETS:
+        raise ValueError(f"VAE_BUDGET is {name!r}; it must be one of {', '.join(BUDGETS)}")
+    return dict(zip(BUDGETS, (quick, standard, full), strict=True))[name]
+
+
+def device() -> torch.device:
+    """The current accelerator (CUDA, MPS, ...) where there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def output_dir(name: str) -> Path:
+    """The folder "checkpoints" or "images" of the project, for a notebook to write to; made where missing.
+
+    Pictures of a shorter run than ``full`` go to runs/images, so that only ``full`` replaces those that the README
+    shows. The environment variable VAE_OUT puts everything under another folder.
+    """
+    root = Path(os.environ.get("VAE_OUT") or ROOT)
+    folder = root / name if name != "images" or budget(False, False, True) else root / "runs" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | str = "cpu"):
+    """Random numbers inside the block follow ``seed``; after it they go on as if none had been drawn."""
+    device = torch.device(device)
+    forked = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=forked):
+        torch.manual_seed(seed)
+        yield
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images, uint8 [N, C, H, W], and their labels, int64 [N]. An index or slice gives a smaller Split."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __post_init__(self):
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
+            raise ValueError(f"images are {_kind(self.images)}; they must be uint8 levels [N, C, H, W]")
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            raise ValueError(f"labels are {_kind(self.labels)}; they must be int64 [{len(self.images)}]")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index) -> Split:
+        if isinstance(index, int):
+            index = [index]
+        return Split(self.images[index], self.labels[index])
+
+    def batch(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """``x`` float in [0, 1] of shape [N, C, H, W] and ``y`` int64 [N], on ``device``."""
+        return self.images.to(device).float() / 255, self.labels.to(device)
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """``train`` and ``test`` Splits, the names of the ``classes``, the ``name`` and where it came from (``source``)."""
+
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+    name: str
+    source: str
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return tuple(self.train.images.shape[1:])
+
+    def binarize_test(self, seed: int = 0) -> ImageData:
+        """The same data with each test pixel Bernoulli-sampled once to 0 or 255: every model is scored on equal bits.
+
+        Training images stay grey: ``fit(..., transform=torch.bernoulli)`` samples them afresh in every batch
+        (dynamic binarization; Burda et al. 2016, arXiv 1509.00519, section 5).
+        """
+        generator = torch.Generator().manual_seed(seed)
+        bits = torch.bernoulli(self.test.images.float() / 255, generator=generator).mul(255).to(torch.uint8)
+        return replace(self, test=Split(bits, self.test.labels))
+
+
+OFFICIAL = {  # name -> title, torchvision's class, its folder, the MD5 of each file there, the stand-in
+    "mnist": ("MNIST", datasets.MNIST, "MNIST/raw", {
+        "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+        "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+        "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+        "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}, "digits"),
+    "cifar10": ("CIFAR-10", datasets.CIFAR10, "cifar-10-batches-py",
+                dict(datasets.CIFAR10.train_list + datasets.CIFAR10.test_list), "photos"),
+}
+
+
+def load_data(name: str | Path, root: str | Path | None = None, *, image_size: int = 32,
+              channels: int = 3) -> ImageData:
+    """Reads a whole data set as uint8.
+
+    ``name``: "mnist", "cifar10", "digits" (scikit-learn's 1,797 handwritten digits at 28x28), "photos" (32x32
+    patches of scikit-learn's two photographs), or the path of a folder of pictures: ``train/<class>/*`` and
+    ``test/<class>/*`` in it, or ``<class>/*`` (then every tenth is for testing). Pictures are brought to ``channels``
+    (1 or 3), resized and cropped to squares of ``image_size`` once; the result is kept under ``root``/cache and
+    memory-mapped.
+
+    ``root``: where data sets lie; else the environment variable VAE_DATA, else data/ beside this file. MNIST and
+    CIFAR-10 are looked for there (CIFAR-10 also as a folder ``root``/cifar10 of pictures), then downloaded by
+    torchvision, then replaced by "digits" and "photos" with a warning. ``ImageData.source`` says which it was.
+
+    Raises ValueError for an unknown name or a folder without readable pictures, RuntimeError for a damaged file.
+    """
+    root = Path(root or os.environ.get("VAE_DATA") or ROOT / "data")
+    if name in OFFICIAL:
+        return _load_official(name, root)
+    if name == "digits":
+        return _load_digits()
+    if name == "photos":
+        return _load_photos()
+    if Path(name).is_dir():
+        return _load_folder(Path(name), root, image_size, channels)
+    known = [*OFFICIAL, "digits", "photos"]
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"the data sets are {', '.join(known)}"
+    raise ValueError(f"name is {str(name)!r}, which is neither a data set nor a folder of pictures; {hint}")
+
+
+def _load_official(name: str, root: Path) -> ImageData:
+    title, dataset, folder, checksums, stand_in = OFFICIAL[name]
+    files = {root / folder / file: md5 for file, md5 in checksums.items()}
+    if not all(file.is_file() for file in files):
+        if name == "cifar10" and (root / name).is_dir():
+            data = _load_folder(root / name, root, image_size=32, channels=3)
+            lossy = any((root / name).glob("train/*/*.jp*g"))
+            return replace(data, name=name, source="CIFAR-10, JPEG copy" if lossy else "CIFAR-10, as pictures")
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(5)
+        try:
+            dataset(root, download=True)
+        except (OSError, RuntimeError) as error:
+            warnings.warn(f"{title} is not under {root} and could not be downloaded ({error}). Going on with the "
+                          f"stand-in {stand_in!r}. For the real set, connect to the network or put the files of "
+                          f"{folder}/ there, and run this again.", stacklevel=3)
+            data = load_data(stand_in)
+            return replace(data, source=f"{data.source}, in place of {title}")
+        finally:
+            socket.setdefaulttimeout(timeout)
+    for file, md5 in files.items():
+        if not check_integrity(file, md5):
+            raise RuntimeError(f"{file} is damaged: its MD5 checksum is not {md5}. Delete it and run this again.")
+    splits, sets = [], [dataset(root, train=train) for train in (True, False)]
+    for part in sets:
+        images = torch.as_tensor(part.data)
+        images = images.permute(0, 3, 1, 2).contiguous() if images.ndim == 4 else images.unsqueeze(1)
+        splits.append(Split(images, torch.as_tensor(part.targets)))
+    return ImageData(*splits, tuple(sets[0].classes), name, title)
+
+
+def _load_digits() -> ImageData:
+    """8x8 digits enlarged to 20x20 and moved so that the centre of mass is the centre of 28x28, as MNIST was made."""
+    bunch = load_digits()
+    ink = v2.functional.resize(torch.as_tensor(bunch.images).unsqueeze(1) / 16, [20, 20], antialias=True)
+    ink = F.pad(ink.clamp(0, 1), (4, 4, 4, 4))
+    grid = torch.arange(28.0, dtype=ink.dtype)
+    mass = ink.sum((1, 2, 3))
+    down = (13.5 - (ink.sum((1, 3)) * grid).sum(1) / mass).round().long()
+    right = (13.5 - (ink.sum((1, 2)) * grid).sum(1) / mass).round().long()
+    ink = torch.stack([image.roll((int(d), int(r)), (1, 2)) for image, d, r in zip(ink, down, right, strict=True)])
+    everything = Split(ink.mul(255).round().to(torch.uint8), torch.as_tensor(bunch.target, dtype=torch.int64))
+    train, test = train_test_split(np.arange(len(ink)), test_size=297, stratify=bunch.target, random_state=0)
+    return ImageData(everything[train], everything[test], tuple("0123456789"), "digits", "scikit-learn digits")
+
+
+def _load_photos() -> ImageData:
+    """Overlapping 32x32 patches; the rightmost fifth of each photograph is only for testing."""
+    sample = load_sample_images()
+    splits = []
+    for columns, step in ((slice(0, 512), 8), (slice(512, None), 16)):
+        parts = [torch.as_tensor(photo[:, columns].copy()) for photo in sample.images]
+        patches = [part.unfold(0, 32, step).unfold(1, 32, step).flatten(0, 1) for part in parts]
+        labels = torch.repeat_interleave(torch.arange(len(patches)), torch.tensor([len(p) for p in patches]))
+        splits.append(Split(torch.cat(patches).contiguous(), labels))
+    classes = tuple(Path(name).stem for name in sample.filenames)
+    return ImageData(*splits, classes, "photos", "patches of scikit-learn's two photographs")
+
+
+def _load_folder(folder: Path, root: Path, image_size: int, channels: int) -> ImageData:
+    if channels not in (1, 3):
+        raise ValueError(f"channels is {channels}; it must be 1 (grey) or 3 (colour)")
+    if image_size < 4 or image_size % 4:
+        raise ValueError(f"image_size is {image_size}; it must be a positive multiple of 4")
+    halves = [folder / "train", folder / "test"]
+    split_here = not all(half.is_dir() for half in halves)
+    try:
+        sets = [datasets.ImageFolder(part) for part in ([folder] if split_here else halves)]
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} must hold pictures as <class>/*.png (or .jpg, ...), or so under train/ and test/: "
+                         f"{error}") from error
+    if sets[0].classes != sets[-1].classes:
+        raise ValueError(f"{folder}: train/ has the classes {sets[0].classes}, test/ has {sets[-1].classes}; "
+                         "they must be the same")
+    splits = [_decode(part, root / "cache", image_size, channels) for part in sets]
+    if split_here:
+        tenth = torch.arange(len(splits[0])) % 10 == 0
+        if tenth.all():
+            raise ValueError(f"{folder} holds one readable picture; at least two are needed, to train and to test")
+        splits = [splits[0][~tenth], splits[0][tenth]]
+    return ImageData(*splits, tuple(sets[0].classes), folder.name, f"folder {folder.name}")
+
+
+def _decode(pictures: datasets.ImageFolder, cache: Path, image_size: int, channels: int) -> Split:
+    """Decodes the pictures into one file of uint8, once while they stay as they are, and memory-maps it."""
+    stats = [(path, (stat := Path(path).stat()).st_size, stat.st_mtime_ns) for path, _ in pictures.samples]
+    key = hashlib.sha256(repr((stats, image_size, channels)).encode()).hexdigest()[:16]
+    raw, index = cache / f"{key}.uint8", cache / f"{key}.labels.pt"
+    if not index.is_file():
+        mode = "L" if channels == 1 else "RGB"
+        prepare = v2.Compose([v2.PILToTensor(), v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)])
+        labels, unreadable = [], []
+
+        def decode_all(file) -> None:
+            for path, label in tqdm(pictures.samples, "decoding pictures", file=_progress_file(), leave=False):
+                try:
+                    file.write(prepare(pictures.loader(path).convert(mode)).numpy().tobytes())
+                    labels.append(label)
+                except (SyntaxError, ValueError, UnidentifiedImageError, OSError) as error:
+                    if getattr(error, "errno", None):  # the disk, not the picture
+                        raise
+                    unreadable.append(Path(path).name)
+
+        _write(raw, decode_all)
+        _write(index, partial(torch.save, {"labels": torch.tensor(labels).long(), "unreadable": unreadable}))
+    kept = torch.load(index, weights_only=True)
+    labels, unreadable = kept["labels"], kept["unreadable"]
+    if unreadable:
+        warnings.warn(f"{len(unreadable)} unreadable pictures of {pictures.root} are left out: "
+                      f"{', '.join(unreadable[:10])}{', ...' if len(unreadable) > 10 else ''}", stacklevel=5)
+    if not len(labels):
+        raise ValueError(f"{pictures.root} holds no readable picture")
+    shape = (len(labels), channels, image_size, image_size)
+    return Split(torch.from_file(str(raw), size=math.prod(shape), dtype=torch.uint8).view(shape), labels)
+
+
+def _write(path: Path, write: Callable) -> None:
+    """Calls ``write(file)`` on a file beside ``path``, then renames it: a kill or a full disk spares the old file."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError | RuntimeError):
+            raise OSError(f"cannot write {path}: {error}. Free some space or choose a folder that can be written to; "
+                          "a file that was there before is unharmed.") from error
+        raise
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} of shape {list(tensor.shape)}"
+
+
+# ----------------------------------------------------------------------------------------------------- likelihood terms
+
+
+def gaussian_kl(mean: Tensor, log_var: Tensor) -> Tensor:
+    """KL(N(mean, diag(exp(log_var))) || N(0, I)) in nats [B], of ``mean`` and ``log_var`` [B, latent_dim].
+
+    Kingma and Welling 2014 (arXiv 1312.6114), appendix B.
+    """
+    return 0.5 * (mean**2 + log_var.exp() - 1 - log_var).sum(-1)
+
+
+def elbo(model: nn.Module, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The two terms of the evidence lower bound, nats [B] each: recon, log p(x|z) at one posterior sample, and kl.
+
+    ELBO = E_q[log p(x|z)] - KL(q(z|x) || p(z)) (Kingma and Welling 2014, arXiv 1312.6114, equation 3). A model with
+    its own ``elbo_terms(x, y)`` is asked for them. Raises ValueError when x is no possible value under p(x|z).
+    """
+    if hasattr(model, "elbo_terms"):
+        return model.elbo_terms(x, y)
+    q_z = model.encode(x, y)
+    z = q_z.rsample()
+    recon = _recon(model.decode(z, y), x)
+    p_z = _prior(model, z)
+    try:
+        kl = kl_divergence(q_z, p_z)
+    except NotImplementedError:  # no closed form for this pair: the same sample estimates it
+        kl = q_z.log_prob(z) - p_z.log_prob(z)
+    return recon, kl
+
+
+def _recon(p_x: Distribution, x: Tensor) -> Tensor:
+    try:
+        return p_x.log_prob(x)
+    except ValueError as error:
+        raise ValueError("x is no possible value under p(x|z). A Bernoulli likelihood takes only 0 and 1: binarize "
+                         "training batches by fit(..., transform=torch.bernoulli), test images by data.binarize_test(). "
+                         f"{str(error).splitlines()[0]}") from error
+
+
+def _prior(model: nn.Module, z: Tensor) -> Distribution:
+    own = getattr(model, "prior", None)
+    return own if own is not None else Independent(Normal(torch.zeros_like(z), torch.ones_like(z)), 1)
+
+
+@torch.no_grad()
+def log_likelihood(model: nn.Module, x: Tensor, y: Tensor | None = None, num_samples: int = 1000,
+                   chunk: int = 1000) -> Tensor:
+    """Estimate of log p(x), nats [B]: the log of the mean of p(x|z) p(z) / q(z|x) over draws z of q(z|x), in eval mode.
+
+    A lower bound in expectation that rises to log p(x) with ``num_samples`` (Burda et al. 2016, arXiv 1509.00519,
+    equation 8). At most ``chunk`` images are decoded at once, which bounds the memory. An ``elbo_terms`` of the
+    model must give log q(z|x) - log p(z) of its sample as kl here. Raises ValueError when num_samples < 1.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
+    here, result = _device_of(model), []
+    with _eval_mode(model):
+        for start in range(0, len(x), chunk):
+            x_part = x[start:start + chunk].to(here)
+            y_part = None if y is None else y[start:start + chunk].to(here)
+            at_once = max(1, chunk // len(x_part))
+            total = torch.full((len(x_part),), -math.inf, device=here)
+            for done in range(0, num_samples, at_once):
+                log_w = _log_weights(model, x_part, y_part, min(at_once, num_samples - done))
+                total = torch.logaddexp(total, log_w.logsumexp(0))
+            result.append(total - math.log(num_samples))
+    return torch.cat(result).to(x.device)
+
+
+def _log_weights(model: nn.Module, x: Tensor, y: Tensor | None, count: int) -> Tensor:
+    """log p(x|z) + log p(z) - log q(z|x) for ``count`` posterior samples z of each image, nats [count, B]."""
+    x_all = x.repeat(count, 1, 1, 1)
+    y_all = None if y is None else y.repeat(count)
+    if hasattr(model, "elbo_terms"):
+        recon, kl = model.elbo_terms(x_all, y_all)
+        return (recon - kl).view(count, -1)
+    q_z = model.encode(x, y)
+    z = q_z.sample((count,))
+    recon = _recon(model.decode(z.flatten(0, 1), y_all), x_all).view(count, -1)
+    return recon + _prior(model, z).log_prob(z) - q_z.log_prob(z)
+
+
+def bits_per_dim(nats: Tensor | float, num_dims: int) -> Tensor | float:
+    """-nats / (num_dims log 2): the negative log-likelihood of an image in bits for each of its ``num_dims`` values.
+
+    ``nats`` is log P(x) of the 256 discrete levels. A density p over [0, 1] gives such a probability through the
+    volume of one level, 1/256 in each dimension: log P(x) = log p(x) - num_dims log 256, with uniform noise of
+    width 1/256 on x (Theis et al. 2016, arXiv 1511.01844, section 3.1). Raises ValueError when num_dims < 1.
+    """
+    if num_dims < 1:
+        raise ValueError(f"num_dims is {num_dims}; it must be at least 1")
+    return -nats / (num_dims * math.log(2))
+
+
+# ---------------------------------------------------------------------------------------------------- convolutional VAE
+
+
+def _bernoulli(logits: Tensor) -> Distribution:
+    return Independent(Bernoulli(logits=logits), 3)
+
+
+LIKELIHOODS = {"bernoulli": (_bernoulli, 1)}  # name -> (decoder output [B, C * k, H, W] to p(x|z), k)
+
+
+class ConvVAE(nn.Module):
+    """Convolution, MaxPool and BatchNorm down to a Gaussian q(z|x); ConvTranspose and BatchNorm up to p(x|z).
+
+    ``image_shape``: (C, H, W) with C of 1 or 3, H and W multiples of 4. ``num_classes`` > 0: encoder and decoder also
+    take the label. ``channels``: filters at the first and the second halving. ``hidden``: width of the dense layers.
+    ``likelihood``: a name in LIKELIHOODS. Raises ValueError for any other value, and for x, y or z that do not fit.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int] = (1, 28, 28), latent_dim: int = 32, num_classes: int = 0, *,
+                 channels: tuple[int, int] = (16, 32), hidden: int = 512, likelihood: str = "bernoulli"):
+        super().__init__()
+        image_shape = tuple(image_shape)
+        if len(image_shape) != 3 or image_shape[0] not in (1, 3) or any(s < 4 or s % 4 for s in image_shape[1:]):
+            raise ValueError(f"image_shape is {image_shape}; it must be (1 or 3, H, W) with H and W multiples of 4")
+        if latent_dim < 1:
+            raise ValueError(f"latent_dim is {latent_dim}; it must be at least 1")
+        if num_classes < 0:
+            raise ValueError(f"num_classes is {num_classes}; it must be 0 (no labels) or the number of classes")
+        if likelihood not in LIKELIHOODS:
+            raise ValueError(f"likelihood is {likelihood!r}; it must be one of {', '.join(LIKELIHOODS)}")
+        self.image_shape, self.latent_dim, self.num_classes = image_shape, latent_dim, num_classes
+        (colours, height, width), (few, many) = image_shape, channels
+        bottom = (many, height // 4, width // 4)
+        self.likelihood, outputs = LIKELIHOODS[likelihood]
+        self.down = nn.Sequential(  # MaxPool before BatchNorm normalizes a quarter of the values
+            nn.Conv2d(colours, few, 3, padding=1), nn.MaxPool2d(2), nn.BatchNorm2d(few), nn.ReLU(),
+            nn.Conv2d(few, many, 3, padding=1), nn.MaxPool2d(2), nn.BatchNorm2d(many), nn.ReLU(), nn.Flatten())
+        self.to_q = nn.Sequential(
+            nn.Linear(math.prod(bottom) + num_classes, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
+            nn.Linear(hidden, 2 * latent_dim))
+        self.from_z = nn.Sequential(
+            nn.Linear(latent_dim + num_classes, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
+            nn.Linear(hidden, math.prod(bottom)), nn.BatchNorm1d(math.prod(bottom)), nn.ReLU(),
+            nn.Unflatten(1, bottom))
+        self.up = nn.Sequential(
+            nn.ConvTranspose2d(many, few, 4, stride=2, padding=1), nn.BatchNorm2d(few), nn.ReLU(),
+            nn.ConvTranspose2d(few, outputs * colours, 4, stride=2, padding=1))
+        self.to(memory_format=torch.channels_last)
+
+    def encode(self, x: Tensor, y: Tensor | None = None) -> Distribution:
+        """q(z|x), or q(z|x, y) of a conditional model: batch shape [B], event shape [latent_dim]."""
+        if x.shape[1:] != self.image_shape or not x.is_floating_point():
+            raise ValueError(f"x is {_kind(x)}; this model takes float images in [0, 1] of shape "
+                             f"[B, {', '.join(map(str, self.image_shape))}]")
+        mean, log_var = self.to_q(self._with_label(self.down(x), y)).float().chunk(2, dim=1)
+        return Independent(Normal(mean, (0.5 * log_var.clamp(-14, 14)).exp()), 1)
+
+    def decode(self, z: Tensor, y: Tensor | None = None) -> Distribution:
+        """p(x|z), or p(x|z, y) of a conditional model, of z [B, latent_dim]: batch shape [B], event shape [C, H, W]."""
+        if z.ndim != 2 or z.shape[1] != self.latent_dim:
+            raise ValueError(f"z has shape {list(z.shape)}; this model takes [B, {self.latent_dim}]")
+        return self.likelihood(self.up(self.from_z(self._with_label(z, y))).float())
+
+    def _with_label(self, features: Tensor, y: Tensor | None) -> Tensor:
+        if not self.num_classes and y is None:
+            return features
+        if not self.num_classes:
+            raise ValueError("y was given to a model without labels; leave it out or build the model with num_classes")
+        if y is None:
+            raise ValueError(f"y is missing: this model is conditional on labels 0 to {self.num_classes - 1}")
+        check_labels(y, len(features), self.num_classes)
+        return torch.cat([features, F.one_hot(y, self.num_classes).to(features.dtype)], dim=1)
+
+    @torch.no_grad()
+    def sample(self, num_images: int, y: Tensor | None = None) -> Tensor:
+        """Mean images [num_images, C, H, W] of p(x|z) at draws z from the prior, in eval mode."""
+        z = torch.randn(num_images, self.latent_dim, device=_device_of(self))
+        with _eval_mode(self):
+            return self.decode(z, y).mean
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Mean images [B, C, H, W] of p(x|z) at the posterior mean z of each image, in eval mode."""
+        with _eval_mode(self):
+            return self.decode(self.encode(x, y).mean, y).mean
+
+
+def check_labels(y: Tensor, count: int, num_classes: int) -> None:
+    """Raises ValueError unless ``y`` holds ``count`` int64 labels from 0 to num_classes - 1."""
+    if y.dtype != torch.int64 or y.shape != (count,):
+        raise ValueError(f"y is {_kind(y)}; it must be int64 of shape [{count}]")
+    if count and (y.min() < 0 or y.max() >= num_classes):
+        raise ValueError(f"y holds labels {int(y.min())} to {int(y.max())}; this model takes 0 to {num_classes - 1}")
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    return device() if parameter is None else parameter.device
+
+
+@contextmanager
+def _eval_mode(model: nn.Module):
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def negative_elbo(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """The default loss of ``fit``: kl - recon, nats [B], and both terms. Only a conditional model is given labels."""
+    recon, kl = elbo(model, x, None if getattr(model, "num_classes", None) == 0 else y)
+    return {"loss": kl - recon, "recon": recon, "kl": kl}
+
+
+@dataclass
+class History:
+    """What ``fit`` measured, under the names that the loss gives its values ("loss", "recon", "kl"), nats per image.
+
+    ``train``: name -> mean over the batch, at every update. ``test``: name -> mean over the test split, after every
+    epoch, and "update", the number of updates until then. ``seconds``: training time of each epoch. ``kept``: epoch ->
+    what ``on_epoch`` returned.
+    """
+
+    train: dict[str, list[float]] = field(default_factory=dict)
+    test: dict[str, list[float]] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    kept: dict[int, Tensor] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split, *, loss: Callable = negative_elbo, seed: int = 0) -> dict[str, float]:
+    """Mean of each of the loss's values over ``split``, in eval mode and float32; posterior samples follow ``seed``."""
+    here, sums = _device_of(model), {}
+    with _eval_mode(model), seeded(seed, here):
+        for start in range(0, len(split), 1000):
+            part = split[start:start + 1000]
+            for name, value in _named(loss(model, *part.batch(here)), len(part)).items():
+                sums[name] = sums.get(name, 0.0) + float(value.sum(dtype=torch.float64))
+    return {name: total / len(split) for name, total in sums.items()}
+
+
+def _named(values: Tensor | dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    values = values if isinstance(values, dict) else {"loss": values}
+    for name, value in values.items():
+        if value.shape != (count,):
+            raise ValueError(f"the loss gives {name!r} of shape {list(value.shape)} for {count} images; it must be one "
+                             "value per image: sum over pixels and latents, do not average over the batch")
+    return values
+
+
+def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128, lr: float = 3e-3,
+        optimizer: Callable = partial(torch.optim.Adam, fused=True), loss: Callable = negative_elbo,  # noqa: B008
+        transform: Callable | None = None, checkpoint: str | Path | None = None, seed: int = 0,
+        bfloat16: bool | None = None, on_epoch: Callable | None = None, progress: bool = True) -> History:
+    """Trains ``model`` in place, on ``device()``, with ``data.train``; measures it on ``data.test`` after every epoch.
+
+    ``lr``: peak of a one-cycle schedule (Smith and Topin 2018, arXiv 1708.07120).
+    ``loss(model, x, y)``: nats per image [B], or a dict of such tensors, "loss" among them, which the History keeps.
+    ``transform(x)``: applied to each training batch on the device, such as torch.bernoulli (dynamic binarization) or
+    an augmentation of torchvision.transforms.v2.
+    ``bfloat16``: train in mixed precision; by default where the hardware is fast at it.
+    ``on_epoch(model, epoch)``: called with 0 before the first epoch and after each; a Tensor it returns is kept.
+
+    ``checkpoint``: a file written after every epoch. A finished run of the same configuration is loaded from it at
+    once; a stopped one goes on and ends with the weights, bit for bit, of one never stopped; another configuration is
+    refused. The stop button (KeyboardInterrupt) ends training early and keeps the model and the History so far.
+    Equal ``seed`` and initial weights give equal weights on one machine.
+
+    Raises ValueError before any work for arguments, data or a checkpoint that do not fit, FloatingPointError when a
+    batch or the loss holds NaN or infinity, OSError when the checkpoint cannot be written.
+    """
+    for name, value, least in (("epochs", epochs, 0), ("batch_size", batch_size, 1),
+                               ("len(data.train)", len(data.train), 1), ("len(data.test)", len(data.test), 1)):
+        if value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr is {lr}; it must be a positive number")
+    if getattr(model, "num_classes", 0):
+        for part in (data.train, data.test):
+            check_labels(part.labels, len(part), model.num_classes)
+    here = device()
+    model.to(here)
+    bfloat16 = _fast_bfloat16(here) if bfloat16 is None else bfloat16
+    batches = math.ceil(len(data.train) / batch_size)
+    with seeded(seed, here), _eval_mode(model), torch.no_grad():  # what does not fit fails here, not after an epoch
+        for part, change in ((data.train, transform), (data.test, None)):
+            x, y = part[:2].batch(here)
+            _named(loss(model, x if change is None else change(x), y), len(x))
+    opt = optimizer(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=max(1, epochs * batches), cycle_momentum=False)
+    config = {"model": str(model), "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed,
+              "data": f"{data.name} ({data.source}), {len(data.train)} + {len(data.test)} images {data.image_shape}",
+              "bfloat16": bfloat16, "optimizer": _describe(optimizer), "loss": _describe(loss),
+              "transform": _describe(transform)}
+    history, done = History(), -1
+    if checkpoint is not None and Path(checkpoint).exists():
+        state = _load_checkpoint(Path(checkpoint), config)
+        model.load_state_dict(state["model"])
+        opt.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        history, done = History(**state["history"]), state["epoch"]
+        print(f"{Path(checkpoint).name}: {'finished, loaded' if done == epochs else f'going on after epoch {done}'}")
+
+    def end_epoch(epoch: int) -> None:
+        if on_epoch and (kept := on_epoch(model, epoch)) is not None:
+            history.kept[epoch] = kept
+        if checkpoint is not None:
+            _write(Path(checkpoint), partial(torch.save, {
+                "format": CHECKPOINT_FORMAT, "config": config, "epoch": epoch, "history": asdict(history),
+                "model": model.state_dict(), "optimizer": opt.state_dict(), "schedule": schedule.state_dict()}))
+
+    bar = tqdm(total=epochs * batches, initial=max(done, 0) * batches, file=_progress_file(), leave=False, ncols=100,
+               mininterval=0.5, disable=not progress)
+    try:
+        with seeded(seed, here), _unvalidated(), bar:
+            if done < 0:
+                end_epoch(0)
+            for epoch in range(max(done, 0) + 1, epochs + 1):
+                torch.manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))  # as after a resume
+                model.train()
+                start = time.perf_counter()
+                for indices in torch.randperm(len(data.train)).tensor_split(batches):
+                    x, y = data.train[indices].batch(here)
+                    x = x if transform is None else transform(x)
+                    with torch.autocast(here.type, torch.bfloat16, enabled=bfloat16):
+                        means = {name: v.mean() for name, v in _named(loss(model, x, y), len(x)).items()}
+                    values = {name: mean.item() for name, mean in means.items()}
+                    if not math.isfinite(values["loss"]):
+                        raise FloatingPointError(_stopped(values["loss"], x, history, checkpoint))
+                    opt.zero_grad()
+                    means["loss"].backward()
+                    opt.step()
+                    schedule.step()
+                    for name, value in values.items():
+                        history.train.setdefault(name, []).append(value)
+                    bar.set_postfix(epoch=f"{epoch}/{epochs}", loss=f"{values['loss']:.2f}", refresh=False)
+                    bar.update()
+                history.seconds.append(time.perf_counter() - start)
+                for name, value in {"update": epoch * batches, **evaluate(model, data.test, loss=loss)}.items():
+                    history.test.setdefault(name, []).append(value)
+                end_epoch(epoch)
+    except KeyboardInterrupt:
+        epoch = len(history.seconds)
+        print(f"stopped in epoch {epoch + 1} of {epochs}; the model and the history so far are kept"
+              + (f"; the same call goes on after epoch {epoch}" if checkpoint else ""))
+    return history
+
+
+def _fast_bfloat16(here: torch.device) -> bool:
+    if here.type == "cuda":
+        return torch.cuda.get_device_capability(here) >= (8, 0)
+    flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return here.type == "cpu" and any(getattr(torch.cpu, flag, bool)() for flag in flags)
+
+
+def _describe(function: Callable | None) -> str:
+    return getattr(function, "__qualname__", None) or re.sub(r" at 0x[0-9a-f]+", "", repr(function))
+
+
+@contextmanager
+def _unvalidated():
+    """torch.distributions without their checks of every value, which cost a tenth of the time of a small model."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
+
+
+def _stopped(loss: float, x: Tensor, history: History, checkpoint: str | Path | None) -> str:
+    what = f"the loss is {loss}" if x.isfinite().all() else "the batch after transform holds NaN or infinity"
+    kept = f"the checkpoint {checkpoint} of epoch {len(history.seconds)} is whole" if checkpoint else (
+        "the model keeps the weights of the update before")
+    update = len(history.train.get("loss", [])) + 1
+    return f"{what} at update {update}; {kept}. Look at the transform and the loss, or lower lr."
+
+
+CHECKPOINT_FORMAT = "vae_helpers checkpoint 1"
+
+
+def _load_checkpoint(path: Path, config: dict) -> dict:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} is no whole checkpoint ({type(error).__name__}). Delete it to train anew, or give "
+                         "another path.") from error
+    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError(f"{path} was not written by fit. Give another path.")
+    for name, value in config.items():
+        before = state["config"].get(name)
+        if before == value:
+            continue
+        if name == "model":  # of two long descriptions, show the first line that differs
+            lines = zip(before.splitlines(), value.splitlines(), strict=False)
+            before, value = next(((a.strip(), b.strip()) for a, b in lines if a != b), (before, value))
+        raise ValueError(f"{path} is of another run: its {name} is {before}, here it is {value}. Give another path, or "
+                         "delete the file to train anew.")
+    return state
+
+
+class _LiveLine:
+    """What tqdm writes to in a notebook: one line, rewritten in place and empty at the end, so nothing is stored."""
+
+    encoding = "utf-8"
+
+    def __init__(self):
+        from IPython.display import display
+
+        self.handle = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def write(self, text: str) -> None:
+        self.handle.update({"text/plain": text.strip()}, raw=True)
+
+    def flush(self) -> None:
+        pass
+
+
+def _progress_file():
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return _LiveLine() if hasattr(shell, "kernel") else sys.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def show_images(images: Tensor, *, columns: int = 10, labels: list[str] | None = None,
+                row_labels: list[str] | None = None, title: str = "", size: float = 0.7) -> plt.Figure:
+    """Figure with ``images`` [N, C, H, W], float in [0, 1] or uint8, in rows of ``columns``, each ``size`` inches wide.
+
+    ``labels``: a text under each image. ``row_labels``: a text left of each row. Raises ValueError without an image.
+    """
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f"images are {_kind(images)}; they must be [N, C, H, W] with N of at least 1")
+    images = images.detach().cpu()
+    images = images.float() / 255 if images.dtype == torch.uint8 else images.float().clamp(0, 1)
+    (height, width), gap = images.shape[2:], 2
+    below = height // 3 if labels else 0
+    columns, rows = min(columns, len(images)), math.ceil(len(images) / columns)
+    down, right = height + below + gap, width + gap
+    canvas = torch.ones(3, rows * down - gap, columns * right - gap)
+    corners = [(i // columns * down, i % columns * right) for i in range(len(images))]
+    for image, (top, left) in zip(images, corners, strict=True):
+        canvas[:, top:top + height, left:left + width] = image
+    figure, axes = plt.subplots(layout="constrained", figsize=(
+        size * columns + 0.6 * bool(row_labels), size * rows * down / right + 0.35 * bool(title)))
+    axes.imshow(canvas.permute(1, 2, 0), interpolation="nearest")
+    axes.set(title=title, xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    if row_labels:
+        axes.set_yticks([row * down + height / 2 for row in range(rows)], row_labels)
+        axes.tick_params(length=0)
+    axes.grid(False)
+    for text, (top, left) in zip(labels or [], corners, strict=False):
+        axes.text(left + width / 2, top + height + below / 2, text, ha="center", va="center", fontsize="x-small")
+    plt.close(figure)
+    return figure
+
+
+def plot_history(history: History, title: str = "") -> plt.Figure:
+    """Figure with a panel for each of the loss's values: training batches by update, the test split by epoch."""
+    names = {"loss": "-ELBO" if "kl" in history.train else "loss", "kl": "KL(q(z|x) || p(z))",
+             "recon": "reconstruction log-likelihood"}
+    panels = len(history.train)
+    figure, axes = plt.subplots(1, panels, figsize=(4.2 * panels, 3), squeeze=False, layout="constrained")
+    for panel, (name, values) in zip(axes[0], history.train.items(), strict=True):
+        panel.plot(range(1, len(values) + 1), values, lw=0.5, alpha=0.6, label="training batches")
+        panel.plot(history.test.get("update", []), history.test.get(name, []), "o-", ms=3, label="test, by epoch")
+        low, high = np.percentile(values[len(values) // 50:] + history.test.get(name, []), [0, 99])
+        panel.set(title=names.get(name, name), xlabel="updates", ylabel="nats per image",
+                  ylim=(low - 0.05 * (high - low), high + 0.1 * (high - low)))
+        panel.legend(fontsize="small")
+    figure.suptitle(title)
+    plt.close(figure)
+    return figure
