@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -172,7 +172,7 @@ def load_data(name: str | Path, root: str | Path | None = None, *, image_size: i
         return _load_digits()
     if name == "photos":
         return _load_photos()
-    if Path(name).is_dir():
+    if str(name) and Path(name).is_dir():
         return _load_folder(Path(name), root, image_size, channels)
     known = [*OFFICIAL, "digits", "photos"]
     near = difflib.get_close_matches(str(name), known, n=1)
@@ -193,9 +193,9 @@ def _load_official(name: str, root: Path) -> ImageData:
         try:
             dataset(root, download=True)
         except (OSError, RuntimeError) as error:
-            warnings.warn(f"{title} is not under {root} and could not be downloaded ({error}). Going on with the "
-                          f"stand-in {stand_in!r}. For the real set, connect to the network or put the files of "
-                          f"{folder}/ there, and run this again.", stacklevel=3)
+            warnings.warn(f"{title} is not under {root} and could not be downloaded ({' '.join(str(error).split())}). "
+                          f"Going on with the stand-in {stand_in!r}. For the real set, connect to the network or put "
+                          f"the files of {folder}/ there, and run this again.", stacklevel=3)
             data = load_data(stand_in)
             return replace(data, source=f"{data.source}, in place of {title}")
         finally:
@@ -307,7 +307,8 @@ def _write(path: Path, write: Callable) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         if isinstance(error, OSError | RuntimeError):
             raise OSError(f"cannot write {path}: {error}. Free some space or choose a folder that can be written to; "
                           "a file that was there before is unharmed.") from error
@@ -352,9 +353,9 @@ def _recon(p_x: Distribution, x: Tensor) -> Tensor:
     try:
         return p_x.log_prob(x)
     except ValueError as error:
-        raise ValueError("x is no possible value under p(x|z). A Bernoulli likelihood takes only 0 and 1: binarize "
-                         "training batches by fit(..., transform=torch.bernoulli), test images by data.binarize_test(). "
-                         f"{str(error).splitlines()[0]}") from error
+        raise ValueError(f"x is no possible value under p(x|z): {str(error).splitlines()[0]} A Bernoulli likelihood "
+                         "takes only 0 and 1: binarize training batches by fit(..., transform=torch.bernoulli), test "
+                         "images by data.binarize_test().") from error
 
 
 def _prior(model: nn.Module, z: Tensor) -> Distribution:
@@ -763,7 +764,7 @@ def show_images(images: Tensor, *, columns: int = 10, labels: list[str] | None =
         canvas[:, top:top + height, left:left + width] = image
     figure, axes = plt.subplots(layout="constrained", figsize=(
         size * columns + 0.6 * bool(row_labels), size * rows * down / right + 0.35 * bool(title)))
-    axes.imshow(canvas.permute(1, 2, 0), interpolation="nearest")
+    axes.imshow(canvas.permute(1, 2, 0).numpy(), interpolation="nearest")
     axes.set(title=title, xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     if row_labels:

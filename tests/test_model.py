@@ -1,0 +1,83 @@
+"""ConvVAE: shapes with and without labels, in train and eval mode, and what it refuses."""
+
+import pytest
+import torch
+
+import vae_helpers as vh
+
+
+@pytest.mark.parametrize("image_shape", [(1, 28, 28), (3, 32, 32), (1, 8, 20)])
+@pytest.mark.parametrize("num_classes", [0, 10])
+@pytest.mark.parametrize("training", [True, False])
+def test_shapes(image_shape, num_classes, training):
+    model = vh.ConvVAE(image_shape, 5, num_classes, channels=(4, 8), hidden=16).train(training)
+    x, y = torch.rand(6, *image_shape).round(), torch.arange(6) if num_classes else None
+    q_z = model.encode(x, y)
+    assert q_z.batch_shape == (6,) and q_z.event_shape == (5,)
+    p_x = model.decode(q_z.rsample(), y)
+    assert p_x.batch_shape == (6,) and p_x.event_shape == image_shape
+    recon, kl = vh.elbo(model, x, y)
+    assert recon.shape == kl.shape == (6,)
+    assert (recon < 0).all() and (kl > 0).all()
+    (kl - recon).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert model.sample(6, y).shape == model.reconstruct(x, y).shape == x.shape
+    assert model.training == training
+
+
+def test_the_label_changes_encoder_and_decoder():
+    model = vh.ConvVAE(num_classes=10, channels=(4, 8), hidden=16).eval()
+    x, z = torch.rand(1, 1, 28, 28), torch.randn(1, 32)
+    zero, one = torch.tensor([0]), torch.tensor([1])
+    assert not torch.allclose(model.encode(x, zero).mean, model.encode(x, one).mean)
+    assert not torch.allclose(model.decode(z, zero).mean, model.decode(z, one).mean)
+
+
+def test_what_the_architecture_promises():
+    model = vh.ConvVAE()
+    kinds = [type(m).__name__ for m in model.modules()]
+    assert {"Conv2d", "BatchNorm2d", "MaxPool2d", "ConvTranspose2d"} <= set(kinds)
+    assert not any("Dropout" in kind for kind in kinds)
+    assert any(isinstance(m, torch.nn.BatchNorm2d) for m in model.up)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"image_shape": (2, 28, 28)}, r"image_shape is \(2, 28, 28\)"),
+    ({"image_shape": (1, 30, 28)}, "multiples of 4"),
+    ({"image_shape": (28, 28)}, "image_shape is"),
+    ({"latent_dim": 0}, "latent_dim is 0; it must be at least 1"),
+    ({"num_classes": -1}, "num_classes is -1"),
+    ({"likelihood": "bernouli"}, "likelihood is 'bernouli'; it must be one of bernoulli"),
+])
+def test_bad_constructor_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        vh.ConvVAE(**arguments)
+
+
+@pytest.mark.parametrize("x", [torch.rand(2, 3, 28, 28), torch.rand(2, 1, 32, 32), torch.rand(28, 28),
+                               torch.zeros(2, 1, 28, 28, dtype=torch.uint8)])
+def test_bad_images(x):
+    with pytest.raises(ValueError, match=r"x is torch.*this model takes float images in \[0, 1\] of shape \[B, 1, 28, 28\]"):
+        vh.ConvVAE().encode(x)
+
+
+@pytest.mark.parametrize("y, message", [
+    (None, "y is missing"),
+    (torch.tensor([0.0, 1.0]), "torch.float32"),
+    (torch.tensor([0]), r"it must be int64 of shape \[2\]"),
+    (torch.tensor([0, 10]), "y holds labels 0 to 10; this model takes 0 to 9"),
+    (torch.tensor([-1, 0]), "labels -1 to 0"),
+])
+def test_bad_labels(y, message):
+    model = vh.ConvVAE(num_classes=10).eval()
+    with pytest.raises(ValueError, match=message):
+        model.encode(torch.rand(2, 1, 28, 28), y)
+    with pytest.raises(ValueError, match=message):
+        model.decode(torch.randn(2, 32), y)
+
+
+def test_labels_for_a_model_without_and_a_code_of_another_size():
+    with pytest.raises(ValueError, match="y was given to a model without labels"):
+        vh.ConvVAE().encode(torch.rand(2, 1, 28, 28), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"z has shape \[2, 31\]; this model takes \[B, 32\]"):
+        vh.ConvVAE().decode(torch.randn(2, 31))
