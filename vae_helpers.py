@@ -18,6 +18,7 @@ import socket
 import sys
 import time
 import warnings
+import zlib
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -28,7 +29,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import UnidentifiedImageError
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -276,12 +276,12 @@ def _decode(pictures: datasets.ImageFolder, cache: Path, image_size: int, channe
         def decode_all(file) -> None:
             for path, label in tqdm(pictures.samples, "decoding pictures", file=_progress_file(), leave=False):
                 try:
-                    file.write(prepare(pictures.loader(path).convert(mode)).numpy().tobytes())
-                    labels.append(label)
-                except (SyntaxError, ValueError, UnidentifiedImageError, OSError) as error:
-                    if getattr(error, "errno", None):  # the disk, not the picture
-                        raise
+                    image = prepare(pictures.loader(path).convert(mode))
+                except Exception:  # a broken picture can make its decoder raise nearly anything
                     unreadable.append(Path(path).name)
+                else:
+                    file.write(image.numpy().tobytes())
+                    labels.append(label)
 
         _write(raw, decode_all)
         _write(index, partial(torch.save, {"labels": torch.tensor(labels).long(), "unreadable": unreadable}))
@@ -584,7 +584,7 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
     ``checkpoint``: a file written after every epoch. A finished run of the same configuration is loaded from it at
     once; a stopped one goes on and ends with the weights, bit for bit, of one never stopped; another configuration is
     refused. The stop button (KeyboardInterrupt) ends training early and keeps the model and the History so far.
-    Equal ``seed`` and initial weights give equal weights on one machine.
+    Equal ``seed`` and initial weights give equal weights on one machine's CPU.
 
     Raises ValueError before any work for arguments, data or a checkpoint that do not fit, FloatingPointError when a
     batch or the loss holds NaN or infinity, OSError when the checkpoint cannot be written.
@@ -609,7 +609,7 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
     opt = optimizer(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=max(1, epochs * batches), cycle_momentum=False)
     config = {"model": str(model), "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed,
-              "data": f"{data.name} ({data.source}), {len(data.train)} + {len(data.test)} images {data.image_shape}",
+              "data": f"{data.name} ({data.source}), {_describe_split(data.train)} and {_describe_split(data.test)}",
               "bfloat16": bfloat16, "optimizer": _describe(optimizer), "loss": _describe(loss),
               "transform": _describe(transform)}
     history, done = History(), -1
@@ -675,6 +675,11 @@ def _fast_bfloat16(here: torch.device) -> bool:
 
 def _describe(function: Callable | None) -> str:
     return getattr(function, "__qualname__", None) or re.sub(r" at 0x[0-9a-f]+", "", repr(function))
+
+
+def _describe_split(split: Split) -> str:
+    sample = split.images[::max(1, len(split) // 1000)].numpy()
+    return f"{len(split)} images of checksum {zlib.crc32(split.labels.numpy(), zlib.crc32(sample.tobytes())):08x}"
 
 
 @contextmanager
@@ -777,7 +782,7 @@ def show_images(images: Tensor, *, columns: int = 10, labels: list[str] | None =
     return figure
 
 
-def plot_history(history: History, title: str = "") -> plt.Figure:
+def plot_history(history: History, title: str = "", ylabel: str = "nats per image") -> plt.Figure:
     """Figure with a panel for each of the loss's values: training batches by update, the test split by epoch."""
     names = {"loss": "-ELBO" if "kl" in history.train else "loss", "kl": "KL(q(z|x) || p(z))",
              "recon": "reconstruction log-likelihood"}
@@ -786,8 +791,8 @@ def plot_history(history: History, title: str = "") -> plt.Figure:
     for panel, (name, values) in zip(axes[0], history.train.items(), strict=True):
         panel.plot(range(1, len(values) + 1), values, lw=0.5, alpha=0.6, label="training batches")
         panel.plot(history.test.get("update", []), history.test.get(name, []), "o-", ms=3, label="test, by epoch")
-        low, high = np.percentile(values[len(values) // 50:] + history.test.get(name, []), [0, 99])
-        panel.set(title=names.get(name, name), xlabel="updates", ylabel="nats per image",
+        low, high = np.percentile(values[len(values) // 10:] + history.test.get(name, []), [0, 99])
+        panel.set(title=names.get(name, name), xlabel="updates", ylabel=ylabel,
                   ylim=(low - 0.05 * (high - low), high + 0.1 * (high - low)))
         panel.legend(fontsize="small")
     figure.suptitle(title)
