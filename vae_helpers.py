@@ -4,14 +4,18 @@ Sections: settings, data, likelihood terms, the convolutional VAE, training, pic
 
 A *model* is any ``nn.Module`` whose ``encode(x, y=None)`` and ``decode(z, y=None)`` return ``torch.distributions``
 objects of batch shape [B]: q(z|x) and p(x|z). ``x`` is float in [0, 1] of shape [B, C, H, W]; ``y`` holds int64
-labels [B]. The prior is N(0, I) unless the model has its own distribution ``prior``. Log-likelihoods are in nats.
+labels [B]. The prior is N(0, I) unless the model has its own distribution ``prior``; a model with a method
+``elbo_terms(x, y)`` is asked for both terms instead. With a ``loss`` of its own, ``fit`` trains any module at all.
+Log-likelihoods are in nats (natural logarithms; 1 nat = 1.44 bits).
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import math
+import numbers
 import os
 import re
 import socket
@@ -29,6 +33,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -76,7 +81,7 @@ def output_dir(name: str) -> Path:
 
 @contextmanager
 def seeded(seed: int, device: torch.device | str = "cpu"):
-    """Random numbers inside the block follow ``seed``; after it they go on as if none had been drawn."""
+    """Random numbers inside the block follow ``seed``; after it they go on, on CPU and CUDA, as if none was drawn."""
     device = torch.device(device)
     forked = [device.index or 0] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=forked):
@@ -166,18 +171,19 @@ def load_data(name: str | Path, root: str | Path | None = None, *, image_size: i
     Raises ValueError for an unknown name or a folder without readable pictures, RuntimeError for a damaged file.
     """
     root = Path(root or os.environ.get("VAE_DATA") or ROOT / "data")
-    if name in OFFICIAL:
-        return _load_official(name, root)
-    if name == "digits":
+    plain = str(name).lower().replace("-", "")
+    if plain in OFFICIAL:
+        return _load_official(plain, root)
+    if plain == "digits":
         return _load_digits()
-    if name == "photos":
+    if plain == "photos":
         return _load_photos()
-    if str(name) and Path(name).is_dir():
-        return _load_folder(Path(name), root, image_size, channels)
+    if str(name) and Path(str(name)).is_dir():
+        return _load_folder(Path(name).resolve(), root, image_size, channels)
     known = [*OFFICIAL, "digits", "photos"]
-    near = difflib.get_close_matches(str(name), known, n=1)
+    near = difflib.get_close_matches(plain, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"the data sets are {', '.join(known)}"
-    raise ValueError(f"name is {str(name)!r}, which is neither a data set nor a folder of pictures; {hint}")
+    raise ValueError(f"name is {str(name)!r}, but there is neither such a data set nor such a folder; {hint}")
 
 
 def _load_official(name: str, root: Path) -> ImageData:
@@ -245,7 +251,10 @@ def _load_folder(folder: Path, root: Path, image_size: int, channels: int) -> Im
     if image_size < 4 or image_size % 4:
         raise ValueError(f"image_size is {image_size}; it must be a positive multiple of 4")
     halves = [folder / "train", folder / "test"]
-    split_here = not all(half.is_dir() for half in halves)
+    there = [half.is_dir() for half in halves]
+    if any(there) and not all(there):
+        raise ValueError(f"{folder} has only one of train/ and test/; add the other, or put the classes directly in it")
+    split_here = not any(there)
     try:
         sets = [datasets.ImageFolder(part) for part in ([folder] if split_here else halves)]
     except FileNotFoundError as error:
@@ -268,24 +277,31 @@ def _decode(pictures: datasets.ImageFolder, cache: Path, image_size: int, channe
     stats = [(path, (stat := Path(path).stat()).st_size, stat.st_mtime_ns) for path, _ in pictures.samples]
     key = hashlib.sha256(repr((stats, image_size, channels)).encode()).hexdigest()[:16]
     raw, index = cache / f"{key}.uint8", cache / f"{key}.labels.pt"
-    if not index.is_file():
-        mode = "L" if channels == 1 else "RGB"
+    pixels = channels * image_size**2
+    try:
+        kept = torch.load(index, weights_only=True)
+        whole = raw.stat().st_size == len(kept["labels"]) * pixels
+    except Exception:  # not there, or damaged: made anew from the pictures
+        whole = False
+    if not whole:
+        kept = {"labels": [], "unreadable": []}
         prepare = v2.Compose([v2.PILToTensor(), v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)])
-        labels, unreadable = [], []
 
         def decode_all(file) -> None:
             for path, label in tqdm(pictures.samples, "decoding pictures", file=_progress_file(), leave=False):
                 try:
-                    image = prepare(pictures.loader(path).convert(mode))
+                    with Image.open(path) as picture:
+                        upright = ImageOps.exif_transpose(picture).convert("L" if channels == 1 else "RGB")
+                    image = prepare(upright)
                 except Exception:  # a broken picture can make its decoder raise nearly anything
-                    unreadable.append(Path(path).name)
+                    kept["unreadable"].append(Path(path).name)
                 else:
                     file.write(image.numpy().tobytes())
-                    labels.append(label)
+                    kept["labels"].append(label)
 
         _write(raw, decode_all)
-        _write(index, partial(torch.save, {"labels": torch.tensor(labels).long(), "unreadable": unreadable}))
-    kept = torch.load(index, weights_only=True)
+        kept["labels"] = torch.tensor(kept["labels"], dtype=torch.int64)
+        _write(index, partial(torch.save, kept))
     labels, unreadable = kept["labels"], kept["unreadable"]
     if unreadable:
         warnings.warn(f"{len(unreadable)} unreadable pictures of {pictures.root} are left out: "
@@ -293,7 +309,7 @@ def _decode(pictures: datasets.ImageFolder, cache: Path, image_size: int, channe
     if not len(labels):
         raise ValueError(f"{pictures.root} holds no readable picture")
     shape = (len(labels), channels, image_size, image_size)
-    return Split(torch.from_file(str(raw), size=math.prod(shape), dtype=torch.uint8).view(shape), labels)
+    return Split(torch.from_file(str(raw), size=len(labels) * pixels, dtype=torch.uint8).view(shape), labels)
 
 
 def _write(path: Path, write: Callable) -> None:
@@ -353,7 +369,8 @@ def _recon(p_x: Distribution, x: Tensor) -> Tensor:
     try:
         return p_x.log_prob(x)
     except ValueError as error:
-        raise ValueError(f"x is no possible value under p(x|z): {str(error).splitlines()[0]} A Bernoulli likelihood "
+        reason = str(error).split(", but found")[0]
+        raise ValueError(f"x is no possible value under p(x|z): {reason}. A Bernoulli likelihood "
                          "takes only 0 and 1: binarize training batches by fit(..., transform=torch.bernoulli), test "
                          "images by data.binarize_test().") from error
 
@@ -428,7 +445,8 @@ class ConvVAE(nn.Module):
 
     ``image_shape``: (C, H, W) with C of 1 or 3, H and W multiples of 4. ``num_classes`` > 0: encoder and decoder also
     take the label. ``channels``: filters at the first and the second halving. ``hidden``: width of the dense layers.
-    ``likelihood``: a name in LIKELIHOODS. Raises ValueError for any other value, and for x, y or z that do not fit.
+    ``likelihood``: a name in LIKELIHOODS. The log-variance of q(z|x) is kept within -14 and 14.
+    Raises ValueError for any other value, and for x, y or z that do not fit.
     """
 
     def __init__(self, image_shape: tuple[int, int, int] = (1, 28, 28), latent_dim: int = 32, num_classes: int = 0, *,
@@ -475,6 +493,9 @@ class ConvVAE(nn.Module):
         if z.ndim != 2 or z.shape[1] != self.latent_dim:
             raise ValueError(f"z has shape {list(z.shape)}; this model takes [B, {self.latent_dim}]")
         return self.likelihood(self.up(self.from_z(self._with_label(z, y))).float())
+
+    def extra_repr(self) -> str:
+        return f"{self.image_shape}, latent_dim={self.latent_dim}, likelihood={self.likelihood.__name__}"
 
     def _with_label(self, features: Tensor, y: Tensor | None) -> Tensor:
         if not self.num_classes and y is None:
@@ -561,6 +582,8 @@ def evaluate(model: nn.Module, split: Split, *, loss: Callable = negative_elbo, 
 
 def _named(values: Tensor | dict[str, Tensor], count: int) -> dict[str, Tensor]:
     values = values if isinstance(values, dict) else {"loss": values}
+    if "loss" not in values:
+        raise ValueError(f"the loss returned a dict of {', '.join(values)}; it must have an entry 'loss'")
     for name, value in values.items():
         if value.shape != (count,):
             raise ValueError(f"the loss gives {name!r} of shape {list(value.shape)} for {count} images; it must be one "
@@ -582,17 +605,21 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
     ``on_epoch(model, epoch)``: called with 0 before the first epoch and after each; a Tensor it returns is kept.
 
     ``checkpoint``: a file written after every epoch. A finished run of the same configuration is loaded from it at
-    once; a stopped one goes on and ends with the weights, bit for bit, of one never stopped; another configuration is
-    refused. The stop button (KeyboardInterrupt) ends training early and keeps the model and the History so far.
-    Equal ``seed`` and initial weights give equal weights on one machine's CPU.
+    once; a stopped one goes on and ends with the weights, bit for bit, of one never stopped; a run of other arguments,
+    data or architecture is refused. The initial weights are those of the first call. The stop button
+    (KeyboardInterrupt) ends training early and keeps the model and the History so far: it has fewer than ``epochs``
+    ``seconds`` then. Equal ``seed`` and initial weights give equal weights on the CPU of one machine.
 
     Raises ValueError before any work for arguments, data or a checkpoint that do not fit, FloatingPointError when a
     batch or the loss holds NaN or infinity, OSError when the checkpoint cannot be written.
     """
-    for name, value, least in (("epochs", epochs, 0), ("batch_size", batch_size, 1),
+    for name, value, least in (("epochs", epochs, 0), ("batch_size", batch_size, 1), ("seed", seed, 0),
                                ("len(data.train)", len(data.train), 1), ("len(data.test)", len(data.test), 1)):
-        if value < least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}")
+        if not isinstance(value, numbers.Integral) or value < least:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number, at least {least}")
+    checkpoint = None if checkpoint is None else Path(checkpoint)
+    if checkpoint is not None and checkpoint.is_dir():
+        raise ValueError(f"checkpoint is the folder {checkpoint}; it must be a file")
     if not 0 < lr < math.inf:
         raise ValueError(f"lr is {lr}; it must be a positive number")
     if getattr(model, "num_classes", 0):
@@ -602,10 +629,11 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
     model.to(here)
     bfloat16 = _fast_bfloat16(here) if bfloat16 is None else bfloat16
     batches = math.ceil(len(data.train) / batch_size)
-    with seeded(seed, here), _eval_mode(model), torch.no_grad():  # what does not fit fails here, not after an epoch
-        for part, change in ((data.train, transform), (data.test, None)):
-            x, y = part[:2].batch(here)
-            _named(loss(model, x if change is None else change(x), y), len(x))
+    with seeded(seed, here), torch.no_grad():  # what does not fit fails here, not after an epoch
+        trial = copy.deepcopy(model).train()
+        x, y = data.train[:len(data.train) // batches].batch(here)  # the smallest batch
+        _named(loss(trial, x if transform is None else transform(x), y), len(x))
+        evaluate(trial, data.test[:2], loss=loss)
     opt = optimizer(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=max(1, epochs * batches), cycle_momentum=False)
     config = {"model": str(model), "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed,
@@ -613,19 +641,22 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
               "bfloat16": bfloat16, "optimizer": _describe(optimizer), "loss": _describe(loss),
               "transform": _describe(transform)}
     history, done = History(), -1
-    if checkpoint is not None and Path(checkpoint).exists():
-        state = _load_checkpoint(Path(checkpoint), config)
+    if checkpoint is not None and checkpoint.exists():
+        state = _load_checkpoint(checkpoint, config)
         model.load_state_dict(state["model"])
         opt.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         history, done = History(**state["history"]), state["epoch"]
-        print(f"{Path(checkpoint).name}: {'finished, loaded' if done == epochs else f'going on after epoch {done}'}")
+        print(f"{checkpoint.name}: {'finished, loaded' if done == epochs else f'going on after epoch {done}'}")
 
     def end_epoch(epoch: int) -> None:
-        if on_epoch and (kept := on_epoch(model, epoch)) is not None:
-            history.kept[epoch] = kept
+        kept = on_epoch(model, epoch) if on_epoch else None
+        if isinstance(kept, Tensor):
+            history.kept[epoch] = kept.detach().cpu()
+        elif kept is not None:
+            raise TypeError(f"on_epoch returned a {type(kept).__name__}; it must return a Tensor or None")
         if checkpoint is not None:
-            _write(Path(checkpoint), partial(torch.save, {
+            _write(checkpoint, partial(torch.save, {
                 "format": CHECKPOINT_FORMAT, "config": config, "epoch": epoch, "history": asdict(history),
                 "model": model.state_dict(), "optimizer": opt.state_dict(), "schedule": schedule.state_dict()}))
 
@@ -635,7 +666,8 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
         with seeded(seed, here), _unvalidated(), bar:
             if done < 0:
                 end_epoch(0)
-            for epoch in range(max(done, 0) + 1, epochs + 1):
+                done = 0
+            for epoch in range(done + 1, epochs + 1):
                 torch.manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))  # as after a resume
                 model.train()
                 start = time.perf_counter()
@@ -644,7 +676,7 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
                     x = x if transform is None else transform(x)
                     with torch.autocast(here.type, torch.bfloat16, enabled=bfloat16):
                         means = {name: v.mean() for name, v in _named(loss(model, x, y), len(x)).items()}
-                    values = {name: mean.item() for name, mean in means.items()}
+                    values = dict(zip(means, torch.stack([*means.values()]).tolist(), strict=True))
                     if not math.isfinite(values["loss"]):
                         raise FloatingPointError(_stopped(values["loss"], x, history, checkpoint))
                     opt.zero_grad()
@@ -655,14 +687,15 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
                         history.train.setdefault(name, []).append(value)
                     bar.set_postfix(epoch=f"{epoch}/{epochs}", loss=f"{values['loss']:.2f}", refresh=False)
                     bar.update()
-                history.seconds.append(time.perf_counter() - start)
+                seconds = time.perf_counter() - start
                 for name, value in {"update": epoch * batches, **evaluate(model, data.test, loss=loss)}.items():
                     history.test.setdefault(name, []).append(value)
+                history.seconds.append(seconds)
                 end_epoch(epoch)
+                done = epoch
     except KeyboardInterrupt:
-        epoch = len(history.seconds)
-        print(f"stopped in epoch {epoch + 1} of {epochs}; the model and the history so far are kept"
-              + (f"; the same call goes on after epoch {epoch}" if checkpoint else ""))
+        print(f"stopped in epoch {done + 1} of {epochs}; the model and the history so far are kept; the same call "
+              + (f"goes on after epoch {max(done, 0)}" if checkpoint else "starts anew: it names no checkpoint"))
     return history
 
 
@@ -674,7 +707,18 @@ def _fast_bfloat16(here: torch.device) -> bool:
 
 
 def _describe(function: Callable | None) -> str:
-    return getattr(function, "__qualname__", None) or re.sub(r" at 0x[0-9a-f]+", "", repr(function))
+    """The name of a function with a checksum of its code, defaults and closure, which tells two of one name apart."""
+    name = getattr(function, "__qualname__", None) or repr(function)
+    if code := getattr(function, "__code__", None):
+        constants = [value for value in code.co_consts if not hasattr(value, "co_code")]
+        closure = [cell.cell_contents for cell in function.__closure__ or ()]
+        parts = repr((code.co_code, code.co_names, constants, function.__defaults__, closure))
+        name += f" [{zlib.crc32(_without_addresses(parts).encode()):08x}]"
+    return _without_addresses(name)
+
+
+def _without_addresses(text: str) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
 def _describe_split(split: Split) -> str:
@@ -696,7 +740,7 @@ def _unvalidated():
 def _stopped(loss: float, x: Tensor, history: History, checkpoint: str | Path | None) -> str:
     what = f"the loss is {loss}" if x.isfinite().all() else "the batch after transform holds NaN or infinity"
     kept = f"the checkpoint {checkpoint} of epoch {len(history.seconds)} is whole" if checkpoint else (
-        "the model keeps the weights of the update before")
+        "build the model anew, since its weights may be damaged")
     update = len(history.train.get("loss", [])) + 1
     return f"{what} at update {update}; {kept}. Look at the transform and the loss, or lower lr."
 
@@ -783,14 +827,16 @@ def show_images(images: Tensor, *, columns: int = 10, labels: list[str] | None =
 
 
 def plot_history(history: History, title: str = "", ylabel: str = "nats per image") -> plt.Figure:
-    """Figure with a panel for each of the loss's values: training batches by update, the test split by epoch."""
+    """Figure with a panel for each of the loss's values: training batches by update, ``data.test`` by epoch."""
     names = {"loss": "-ELBO" if "kl" in history.train else "loss", "kl": "KL(q(z|x) || p(z))",
              "recon": "reconstruction log-likelihood"}
     panels = len(history.train)
+    if not panels:
+        raise ValueError("history is empty: train for at least one epoch")
     figure, axes = plt.subplots(1, panels, figsize=(4.2 * panels, 3), squeeze=False, layout="constrained")
     for panel, (name, values) in zip(axes[0], history.train.items(), strict=True):
         panel.plot(range(1, len(values) + 1), values, lw=0.5, alpha=0.6, label="training batches")
-        panel.plot(history.test.get("update", []), history.test.get(name, []), "o-", ms=3, label="test, by epoch")
+        panel.plot(history.test.get("update", []), history.test.get(name, []), "o-", ms=3, label="held out, by epoch")
         low, high = np.percentile(values[len(values) // 10:] + history.test.get(name, []), [0, 99])
         panel.set(title=names.get(name, name), xlabel="updates", ylabel=ylabel,
                   ylim=(low - 0.05 * (high - low), high + 0.1 * (high - low)))

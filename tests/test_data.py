@@ -132,7 +132,7 @@ def test_a_folder_is_decoded_once_and_again_when_it_changes(tmp_path, offline, m
     folder = write_pictures(tmp_path / "pets")
     before = vh.load_data(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(vh.datasets.folder, "pil_loader", lambda path: pytest.fail("decoded again"))
+        patch.setattr(vh.Image, "open", lambda path: pytest.fail("decoded again"))
         assert torch.equal(vh.load_data(folder).train.images, before.train.images)
     Image.new("RGB", (8, 8)).save(folder / "cat/0000.png")
     assert vh.load_data(folder).test.images[0].sum() == 0
@@ -177,12 +177,43 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
         vh.load_data(folder, root=tmp_path / "file")
 
 
-@pytest.mark.parametrize("name, message", [("mnits", "did you mean 'mnist'"), ("cifar-10", "did you mean 'cifar10'"),
-                                           ("/no/such/folder", "neither a data set nor a folder"), ("", "neither")])
+@pytest.mark.parametrize("name, message", [("mnits", "did you mean 'mnist'"), ("CIFAR-100", "did you mean 'cifar10'"),
+                                           ("/no/such/folder", "neither such a data set nor such a folder"),
+                                           ("", "neither"), (None, "neither")])
 def test_unknown_names(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         vh.load_data(name)
+
+
+def test_names_as_people_write_them(offline):
+    with pytest.warns(UserWarning, match="in place|stand-in"):
+        assert vh.load_data("CIFAR-10").name == "photos"
+    assert vh.load_data("Digits").name == "digits"
+
+
+def test_a_folder_with_only_one_half(tmp_path, offline):
+    write_pictures(tmp_path / "pets/train", 2)
+    with pytest.raises(ValueError, match="only one of train/ and test/; add the other"):
+        vh.load_data(tmp_path / "pets")
+
+
+@pytest.mark.parametrize("suffix, damage", [("*.uint8", None), ("*.uint8", b"short"), ("*.pt", None), ("*.pt", b"short")])
+def test_a_damaged_cache_is_made_anew(tmp_path, offline, suffix, damage):
+    folder = write_pictures(tmp_path / "pets")
+    before = vh.load_data(folder).train.images.clone()
+    (file,) = offline.glob(f"cache/{suffix}")
+    file.write_bytes(damage) if damage else file.unlink()
+    assert torch.equal(vh.load_data(folder).train.images, before)
+
+
+def test_a_picture_is_turned_upright(tmp_path, offline):
+    folder = write_pictures(tmp_path / "pets", 10, size=(32, 32))
+    pixels = np.asarray(Image.open(folder / "cat/0000.png"))
+    tag = Image.Exif()
+    tag[0x0112] = 3  # the camera was upside down
+    Image.fromarray(pixels).save(folder / "cat/0000.png", exif=tag)
+    assert np.array_equal(vh.load_data(folder).test.images[0].permute(1, 2, 0), np.rot90(pixels, 2))
 
 
 @pytest.mark.parametrize("arguments, message", [({"channels": 4}, "channels is 4"), ({"image_size": 30}, "size is 30")])

@@ -87,7 +87,8 @@ def test_every_image_is_used_once_an_epoch(few):
 
     data = vh.ImageData(vh.Split(few.train.images, torch.arange(300)), few.test, few.classes, "a", "b")
     vh.fit(nn.Sequential(nn.Flatten(), nn.Linear(784, 2)), data, epochs=1, batch_size=64, loss=loss, progress=False)
-    assert sorted(seen[4:304]) == list(range(300)) and seen[4:304] != list(range(300))
+    epoch = seen[60 + 2:][:300]  # after the check of the smallest batch and of two test images
+    assert sorted(epoch) == list(range(300)) and epoch != list(range(300))
 
 
 def test_a_last_batch_of_one_is_spread(few):
@@ -114,7 +115,7 @@ def test_transform_sees_float_batches_and_test_images_do_not(few):
         return x.round()
 
     vh.fit(TinyVAE(), few, epochs=1, transform=transform, progress=False)
-    assert sum(calls) == 300 + 2  # and two at the start, to see whether model and data fit
+    assert sum(calls) == 100 + 300  # the check before training, and an epoch
 
 
 def test_a_loss_of_ones_own_and_what_on_epoch_returns_are_kept(few, tmp_path):
@@ -129,6 +130,12 @@ def test_a_loss_of_ones_own_and_what_on_epoch_returns_are_kept(few, tmp_path):
         history = vh.fit(model, few, **arguments)
         assert {epoch: int(value) for epoch, value in history.kept.items()} == {0: 0, 1: 1, 2: 2}
         assert history.test["half"][-1] == pytest.approx(history.test["loss"][-1] / 2)
+
+
+def test_on_epoch_may_only_return_tensors(few, tmp_path):
+    with pytest.raises(TypeError, match="on_epoch returned a list; it must return a Tensor or None"):
+        run(fresh(), few, checkpoint=tmp_path / "run.pt", on_epoch=lambda model, epoch: [epoch])
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_epochs(few):
@@ -192,11 +199,43 @@ def test_another_configuration_is_refused_and_named(few, digits, tmp_path):
             (fresh(), few, {"seed": 1}, "its seed is 0, here it is 1"),
             (fresh(), few, {"lr": 1e-3}, "its lr is 0.003, here it is 0.001"),
             (fresh(), few, {"optimizer": partial(torch.optim.SGD, momentum=0.9)}, "its optimizer is .*Adam.*SGD"),
+            (fresh(), few, {"loss": lambda model, x, y: vh.negative_elbo(model, x, y)}, "its loss is negative_elbo.*lambda"),
             (fresh(), digits, {}, "its data is few .*digits"),
-            (wider, few, {}, r"its model is .*out_features=8.*out_features=10")]:
+            (wider, few, {}, "its model is .*latent_dim=4.*latent_dim=5")]:
         with pytest.raises(ValueError, match=message):
             run(model, data, **{"epochs": 2, "checkpoint": path, **changed})
     assert path.read_bytes() == content
+
+
+def test_two_losses_of_one_name_are_told_apart(few, tmp_path):
+    def weighted(beta):
+        def loss(model, x, y):
+            terms = vh.negative_elbo(model, x, y)
+            return {**terms, "loss": beta * terms["kl"] - terms["recon"]}
+        return loss
+
+    run(fresh(), few, loss=weighted(1.0), checkpoint=tmp_path / "run.pt")
+    run(fresh(), few, loss=weighted(1.0), checkpoint=tmp_path / "run.pt")
+    with pytest.raises(ValueError, match="its loss is .*weighted"):
+        run(fresh(), few, loss=weighted(2.0), checkpoint=tmp_path / "run.pt")
+
+
+@pytest.mark.parametrize("where", ["evaluate", "on_epoch"])
+def test_stopped_between_an_epoch_and_its_checkpoint(few, tmp_path, capsys, monkeypatch, where):
+    calls, evaluate = [], vh.evaluate
+
+    def stop(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return evaluate(*arguments, **options) if where == "evaluate" else None
+
+    if where == "evaluate":  # called before training and after each epoch
+        monkeypatch.setattr(vh, "evaluate", stop)
+    history = run(fresh(), few, epochs=3, checkpoint=tmp_path / "run.pt", on_epoch=stop if where == "on_epoch" else None)
+    assert "the same call goes on after epoch 1" in capsys.readouterr().out
+    assert len(history.seconds) == len(history.test["loss"]) == (1 if where == "evaluate" else 2)
+    assert torch.load(tmp_path / "run.pt", weights_only=True)["epoch"] == 1
 
 
 @pytest.mark.parametrize("damage", ["half", "empty", "text", "foreign", "pickle"])
@@ -255,11 +294,15 @@ def test_nan_stops_training_names_the_update_and_spares_the_checkpoint(few, tmp_
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ({"epochs": -1}, "epochs is -1; it must be at least 0"),
-    ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+    ({"epochs": -1}, "epochs is -1; it must be a whole number, at least 0"),
+    ({"batch_size": 0}, "batch_size is 0; it must be a whole number, at least 1"),
     ({"lr": 0}, "lr is 0; it must be a positive number"),
     ({"lr": math.nan}, "lr is nan"),
-    ({"loss": lambda model, x, y: model.encode(x).mean.mean()}, r"gives 'loss' of shape \[\] for 2 images; it must be one"),
+    ({"seed": -1}, "seed is -1"),
+    ({"epochs": 1.5}, "epochs is 1.5; it must be a whole number"),
+    ({"batch_size": 1}, "more than 1 value per channel"),
+    ({"loss": lambda model, x, y: {"recon": x.sum((1, 2, 3))}}, "returned a dict of recon; it must have an entry 'loss'"),
+    ({"loss": lambda model, x, y: model.encode(x).mean.mean()}, r"gives 'loss' of shape \[\] for 100 images; it must"),
     ({"loss": lambda model, x, y: x}, "one value per image"),
 ])
 def test_bad_arguments_are_refused_before_any_work(few, tmp_path, arguments, message):
@@ -278,6 +321,8 @@ def test_data_that_does_not_fit_is_refused_before_any_work(few, tmp_path):
                                  (fresh(num_classes=10), eleven, "y holds labels 1 to 10; this model takes 0 to 9")]:
         with pytest.raises(ValueError, match=message):
             run(model, data, checkpoint=tmp_path / "run.pt")
+    with pytest.raises(ValueError, match="checkpoint is the folder"):
+        run(fresh(), few, checkpoint=tmp_path)
     with pytest.raises(ValueError, match="takes only 0 and 1"):
         vh.fit(fresh(), few, epochs=1, progress=False)  # training batches left grey
     assert not list(tmp_path.iterdir())
