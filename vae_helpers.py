@@ -710,7 +710,8 @@ def _describe(function: Callable | None) -> str:
     """The name of a function with a checksum of its code, defaults and closure, which tells two of one name apart."""
     name = getattr(function, "__qualname__", None) or repr(function)
     if code := getattr(function, "__code__", None):
-        constants = [value for value in code.co_consts if not hasattr(value, "co_code")]
+        constants = [sorted(value, key=repr) if isinstance(value, frozenset) else value  # in no order of its own
+                     for value in code.co_consts if not hasattr(value, "co_code")]
         closure = [cell.cell_contents for cell in function.__closure__ or ()]
         parts = repr((code.co_code, code.co_names, constants, function.__defaults__, closure))
         name += f" [{zlib.crc32(_without_addresses(parts).encode()):08x}]"

@@ -1,6 +1,7 @@
 """fit: it learns, it is reproducible, it survives kills and bad files, and it refuses what cannot work."""
 
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -218,6 +219,14 @@ def test_two_losses_of_one_name_are_told_apart(few, tmp_path):
     run(fresh(), few, loss=weighted(1.0), checkpoint=tmp_path / "run.pt")
     with pytest.raises(ValueError, match="its loss is .*weighted"):
         run(fresh(), few, loss=weighted(2.0), checkpoint=tmp_path / "run.pt")
+
+
+def test_a_function_has_one_description_in_every_process():
+    code = ("import vae_helpers as vh\n"
+            "print(vh._describe(lambda x: x in {'a', 'b', 'c', 'd', 'e'}))")
+    seen = {subprocess.run([sys.executable, "-c", code], cwd=vh.ROOT, env={**os.environ, "PYTHONHASHSEED": seed},
+                           capture_output=True, text=True, check=True).stdout for seed in "12"}
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("where", ["evaluate", "on_epoch"])
