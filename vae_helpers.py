@@ -68,13 +68,13 @@ def device() -> torch.device:
 
 
 def output_dir(name: str) -> Path:
-    """The folder "checkpoints" or "images" of the project, for a notebook to write to; made where missing.
+    """The folder "checkpoints", "images" or "notebooks/weights" of the project, to write to; made where missing.
 
-    Pictures of a shorter run than ``full`` go to runs/images, so that only ``full`` replaces those that the README
-    shows. The environment variable VAE_OUT puts everything under another folder.
+    Pictures and weights of a shorter run than ``full`` go under runs/ instead, so that only ``full`` replaces those that
+    are shipped. The environment variable VAE_OUT puts everything under another folder.
     """
     root = Path(os.environ.get("VAE_OUT") or ROOT)
-    folder = root / name if name != "images" or budget(False, False, True) else root / "runs" / name
+    folder = root / name if name == "checkpoints" or budget(False, False, True) else root / "runs" / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -335,6 +335,21 @@ def _kind(tensor: Tensor) -> str:
     return f"{tensor.dtype} of shape {list(tensor.shape)}"
 
 
+def slant(images: Tensor) -> Tensor:
+    """Angle by which the ink of each image [N, 1, H, W] leans, degrees [N]: 0 is upright, positive is to the right.
+
+    From second-order moments: the shear that makes the covariance of row and column vanish (Teague 1980).
+    An image without ink has slant 0.
+    """
+    ink = images.float().mean(1)
+    rows = torch.arange(ink.shape[1], device=ink.device).view(1, -1, 1)
+    columns = torch.arange(ink.shape[2], device=ink.device).view(1, 1, -1)
+    share = ink / ink.sum((1, 2), keepdim=True).clamp(min=1e-6)
+    down = rows - (share * rows).sum((1, 2), keepdim=True)
+    right = columns - (share * columns).sum((1, 2), keepdim=True)
+    return torch.rad2deg(torch.atan2(-(share * down * right).sum((1, 2)), (share * down**2).sum((1, 2))))
+
+
 # ----------------------------------------------------------------------------------------------------- likelihood terms
 
 
@@ -440,42 +455,72 @@ def _bernoulli(logits: Tensor) -> Distribution:
 LIKELIHOODS = {"bernoulli": (_bernoulli, 1)}  # name -> (decoder output [B, C * k, H, W] to p(x|z), k)
 
 
+class Residual(nn.Sequential):
+    """x + f(x), where f is the layers given (He et al. 2016, arXiv 1603.05027).
+
+    The last layer, which must have a weight and a bias, starts at zero, so that a new block hands x on as it is.
+    """
+
+    def __init__(self, *layers: nn.Module):
+        super().__init__(*layers)
+        nn.init.zeros_(self[-1].weight)
+        nn.init.zeros_(self[-1].bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
 class ConvVAE(nn.Module):
     """Convolution, MaxPool and BatchNorm down to a Gaussian q(z|x); ConvTranspose and BatchNorm up to p(x|z).
 
     ``image_shape``: (C, H, W) with C of 1 or 3, H and W multiples of 4. ``num_classes`` > 0: encoder and decoder also
     take the label. ``channels``: filters at the first and the second halving. ``hidden``: width of the dense layers.
-    ``likelihood``: a name in LIKELIHOODS. The log-variance of q(z|x) is kept within -14 and 14.
+    ``blocks``: residual blocks of two convolutions at the smallest size, and as many of one dense layer, in encoder and
+    decoder each. ``likelihood``: a name in LIKELIHOODS. The log-variance of q(z|x) is kept within -14 and 14.
     Raises ValueError for any other value, and for x, y or z that do not fit.
     """
 
     def __init__(self, image_shape: tuple[int, int, int] = (1, 28, 28), latent_dim: int = 32, num_classes: int = 0, *,
-                 channels: tuple[int, int] = (16, 32), hidden: int = 512, likelihood: str = "bernoulli"):
+                 channels: tuple[int, int] = (16, 32), hidden: int = 512, blocks: int = 0,
+                 likelihood: str = "bernoulli"):
         super().__init__()
         image_shape = tuple(image_shape)
         if len(image_shape) != 3 or image_shape[0] not in (1, 3) or any(s < 4 or s % 4 for s in image_shape[1:]):
             raise ValueError(f"image_shape is {image_shape}; it must be (1 or 3, H, W) with H and W multiples of 4")
         if latent_dim < 1:
             raise ValueError(f"latent_dim is {latent_dim}; it must be at least 1")
+        if blocks < 0:
+            raise ValueError(f"blocks is {blocks}; it must be 0 or more")
         if num_classes < 0:
             raise ValueError(f"num_classes is {num_classes}; it must be 0 (no labels) or the number of classes")
         if likelihood not in LIKELIHOODS:
             raise ValueError(f"likelihood is {likelihood!r}; it must be one of {', '.join(LIKELIHOODS)}")
         self.image_shape, self.latent_dim, self.num_classes = image_shape, latent_dim, num_classes
+        self.config = {"image_shape": image_shape, "latent_dim": latent_dim, "num_classes": num_classes,
+                       "channels": tuple(channels), "hidden": hidden, "blocks": blocks, "likelihood": likelihood}
         (colours, height, width), (few, many) = image_shape, channels
         bottom = (many, height // 4, width // 4)
         self.likelihood, outputs = LIKELIHOODS[likelihood]
+
+        def conv_blocks():
+            return [Residual(nn.BatchNorm2d(many), nn.ReLU(), nn.Conv2d(many, many, 3, padding=1),
+                             nn.BatchNorm2d(many), nn.ReLU(), nn.Conv2d(many, many, 3, padding=1)) for _ in range(blocks)]
+
+        def dense_blocks():
+            return [Residual(nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, hidden)) for _ in range(blocks)]
+
         self.down = nn.Sequential(  # MaxPool before BatchNorm normalizes a quarter of the values
             nn.Conv2d(colours, few, 3, padding=1), nn.MaxPool2d(2), nn.BatchNorm2d(few), nn.ReLU(),
-            nn.Conv2d(few, many, 3, padding=1), nn.MaxPool2d(2), nn.BatchNorm2d(many), nn.ReLU(), nn.Flatten())
+            nn.Conv2d(few, many, 3, padding=1), nn.MaxPool2d(2), *conv_blocks(),
+            nn.BatchNorm2d(many), nn.ReLU(), nn.Flatten())
         self.to_q = nn.Sequential(
-            nn.Linear(math.prod(bottom) + num_classes, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
+            nn.Linear(math.prod(bottom) + num_classes, hidden), *dense_blocks(), nn.BatchNorm1d(hidden), nn.ReLU(),
             nn.Linear(hidden, 2 * latent_dim))
         self.from_z = nn.Sequential(
-            nn.Linear(latent_dim + num_classes, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
-            nn.Linear(hidden, math.prod(bottom)), nn.BatchNorm1d(math.prod(bottom)), nn.ReLU(),
-            nn.Unflatten(1, bottom))
+            nn.Linear(latent_dim + num_classes, hidden), *dense_blocks(), nn.BatchNorm1d(hidden), nn.ReLU(),
+            nn.Linear(hidden, math.prod(bottom)), nn.Unflatten(1, bottom))
         self.up = nn.Sequential(
+            *conv_blocks(), nn.BatchNorm2d(many), nn.ReLU(),
             nn.ConvTranspose2d(many, few, 4, stride=2, padding=1), nn.BatchNorm2d(few), nn.ReLU(),
             nn.ConvTranspose2d(few, outputs * colours, 4, stride=2, padding=1))
         self.to(memory_format=torch.channels_last)
@@ -519,6 +564,45 @@ class ConvVAE(nn.Module):
         """Mean images [B, C, H, W] of p(x|z) at the posterior mean z of each image, in eval mode."""
         with _eval_mode(self):
             return self.decode(self.encode(x, y).mean, y).mean
+
+
+WEIGHTS_FORMAT = "vae_helpers weights 1"
+
+
+def save_weights(model: ConvVAE, path: str | Path, **info: str | float) -> None:
+    """Writes the configuration and the weights of ``model`` as float16, with ``info`` about them, to ``path``.
+
+    ``info``: such as source="MNIST" or the measured numbers. Raises ValueError when a weight has no finite float16,
+    OSError when the file cannot be written.
+    """
+    state = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name} holds a weight beyond the range of float16, or NaN")
+    _write(Path(path), partial(torch.save, {
+        "format": WEIGHTS_FORMAT, "config": model.config, "state": state, "info": info}))
+
+
+def load_weights(path: str | Path) -> tuple[ConvVAE, dict]:
+    """The ConvVAE of a file of ``save_weights``, in eval mode on ``device()``, and the ``info`` stored with it.
+
+    Raises ValueError when ``path`` is not such a file.
+    """
+    kept = _read(Path(path), WEIGHTS_FORMAT, "save_weights")
+    model = ConvVAE(**kept["config"])
+    model.load_state_dict(kept["state"])
+    return model.eval().to(device()), kept["info"]
+
+
+def _read(path: Path, file_format: str, writer: str) -> dict:
+    try:
+        kept = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} is no whole file of {writer} ({type(error).__name__}). Delete it to have it made "
+                         "anew, or give another path.") from error
+    if not isinstance(kept, dict) or kept.get("format") != file_format:
+        raise ValueError(f"{path} was not written by {writer}. Give another path.")
+    return kept
 
 
 def check_labels(y: Tensor, count: int, num_classes: int) -> None:
@@ -750,13 +834,7 @@ CHECKPOINT_FORMAT = "vae_helpers checkpoint 1"
 
 
 def _load_checkpoint(path: Path, config: dict) -> dict:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} is no whole checkpoint ({type(error).__name__}). Delete it to train anew, or give "
-                         "another path.") from error
-    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-        raise ValueError(f"{path} was not written by fit. Give another path.")
+    state = _read(path, CHECKPOINT_FORMAT, "fit")
     for name, value in config.items():
         before = state["config"].get(name)
         if before == value:

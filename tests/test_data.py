@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 import vae_helpers as vh
 
@@ -267,3 +268,17 @@ print(int(status["RssAnon"].split()[0]) // 1024)
     megabytes = [int(subprocess.run([sys.executable, "-c", code, tmp_path, str(rows)], cwd=vh.ROOT, check=True,
                                     capture_output=True, text=True).stdout) for rows in (90, 60_030)]
     assert megabytes[1] - megabytes[0] < 60  # the pixels alone are 184 MB
+
+
+@pytest.mark.parametrize("angle", [-25.0, 0.0, 10.0])
+def test_slant_of_a_sheared_bar(angle):
+    bar = torch.zeros(1, 1, 28, 28)
+    bar[..., 4:24, 13:15] = 1
+    leaning = v2.functional.affine(bar, 0.0, [0, 0], 1.0, [angle, 0.0], v2.InterpolationMode.BILINEAR)
+    assert float(vh.slant(leaning)) == pytest.approx(angle, abs=0.5)
+    moved = torch.roll(leaning, (3, -4), (2, 3))
+    assert float(vh.slant(moved * 0.5)) == pytest.approx(angle, abs=0.5), "neither place nor ink may matter"
+
+
+def test_slant_of_an_empty_image_is_zero():
+    assert vh.slant(torch.zeros(2, 1, 28, 28)).tolist() == [0.0, 0.0]

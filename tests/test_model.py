@@ -8,9 +8,9 @@ import vae_helpers as vh
 
 @pytest.mark.parametrize("image_shape", [(1, 28, 28), (3, 32, 32), (1, 8, 20)])
 @pytest.mark.parametrize("num_classes", [0, 10])
-@pytest.mark.parametrize("training", [True, False])
-def test_shapes(image_shape, num_classes, training):
-    model = vh.ConvVAE(image_shape, 5, num_classes, channels=(4, 8), hidden=16).train(training)
+@pytest.mark.parametrize("training, blocks", [(True, 0), (False, 2)])
+def test_shapes(image_shape, num_classes, training, blocks):
+    model = vh.ConvVAE(image_shape, 5, num_classes, channels=(4, 8), hidden=16, blocks=blocks).train(training)
     x, y = torch.rand(6, *image_shape).round(), torch.arange(6) if num_classes else None
     q_z = model.encode(x, y)
     assert q_z.batch_shape == (6,) and q_z.event_shape == (5,)
@@ -41,12 +41,21 @@ def test_what_the_architecture_promises():
     assert any(isinstance(m, torch.nn.BatchNorm2d) for m in model.up)
 
 
+def test_a_new_residual_block_hands_its_input_on():
+    x = torch.randn(4, 8, 5, 5)
+    block = vh.Residual(torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3, padding=1))
+    assert torch.equal(block(x), x)
+    block[-1].bias.data += 1.0
+    assert torch.equal(block(x), x + 1)
+
+
 @pytest.mark.parametrize("arguments, message", [
     ({"image_shape": (2, 28, 28)}, r"image_shape is \(2, 28, 28\)"),
     ({"image_shape": (1, 30, 28)}, "multiples of 4"),
     ({"image_shape": (28, 28)}, "image_shape is"),
     ({"latent_dim": 0}, "latent_dim is 0; it must be at least 1"),
     ({"num_classes": -1}, "num_classes is -1"),
+    ({"blocks": -1}, "blocks is -1"),
     ({"likelihood": "bernouli"}, "likelihood is 'bernouli'; it must be one of bernoulli"),
 ])
 def test_bad_constructor_arguments(arguments, message):
