@@ -1,6 +1,6 @@
 """Shared code of the VAE tutorial notebooks: ``import vae_helpers as vh``.
 
-Sections: settings, data, likelihood terms, the convolutional VAE, training, pictures.
+Sections: settings, data, likelihood terms, the convolutional VAE, training, pictures, explorer.
 
 A *model* is any ``nn.Module`` whose ``encode(x, y=None)`` and ``decode(z, y=None)`` return ``torch.distributions``
 objects of batch shape [B]: q(z|x) and p(x|z). ``x`` is float in [0, 1] of shape [B, C, H, W]; ``y`` holds int64
@@ -11,9 +11,12 @@ Log-likelihoods are in nats (natural logarithms; 1 nat = 1.44 bits).
 
 from __future__ import annotations
 
+import base64
 import copy
 import difflib
 import hashlib
+import html
+import io
 import math
 import numbers
 import os
@@ -29,11 +32,12 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -923,3 +927,333 @@ def plot_history(history: History, title: str = "", ylabel: str = "nats per imag
     figure.suptitle(title)
     plt.close(figure)
     return figure
+
+# ------------------------------------------------------------------------------------------------------------- explorer
+
+COLOURS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",  # told apart by colour-blind readers as well: Petroff
+           "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")  # 2021 (arXiv 2107.02270)
+
+
+@torch.no_grad()
+def encode_all(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of q(z|x) of every image of ``split``, [N, latent_dim] each, on the CPU, in eval mode.
+
+    Raises ValueError for an empty split and where q(z|x) is not over vectors.
+    """
+    if not len(split):
+        raise ValueError("split is empty; it must hold at least one image")
+    parts = []
+    with _eval_mode(model):
+        for start in range(0, len(split), 1000):
+            x, y = split[start:start + 1000].batch(_device_of(model))
+            q_z = model.encode(x, y if getattr(model, "num_classes", 0) else None)
+            if len(q_z.event_shape) != 1:
+                raise ValueError(f"q(z|x) has event shape {list(q_z.event_shape)}; it must be [latent_dim]")
+            parts.append((q_z.mean.cpu(), q_z.stddev.cpu()))
+    means, stddevs = zip(*parts, strict=True)
+    return torch.cat(means), torch.cat(stddevs)
+
+
+def kl_per_dim(model: nn.Module, split: Split) -> Tensor:
+    """KL(q(z_i|x) || N(0, 1)) of each latent i, averaged over the images of ``split``: nats [latent_dim], on the CPU."""
+    return _kl_per_dim(*encode_all(model, split))
+
+
+def _kl_per_dim(mean: Tensor, stddev: Tensor) -> Tensor:
+    return gaussian_kl(mean.unsqueeze(-1), 2 * stddev.log().unsqueeze(-1)).mean(0)
+
+
+@torch.no_grad()
+def _mean_images(model: nn.Module, z: Tensor, label: int | None) -> Tensor:
+    """Mean images of p(x|z) at each row of ``z``, float in [0, 1] of shape [B, C, H, W], on the CPU, in eval mode."""
+    here = _device_of(model)
+    y = None if label is None else torch.full((len(z),), label, device=here)
+    with _eval_mode(model):
+        return model.decode(z.to(here), y).mean.float().clamp(0, 1).cpu()
+
+
+def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """The point at ``t`` of 0 to 1 on the arc from ``a`` to ``b`` [latent_dim] around 0; the line where there is no arc.
+
+    Draws of N(0, I) lie at lengths near sqrt(latent_dim); the middle of a line between two is far shorter, a code that
+    the decoder has hardly seen (White 2016, arXiv 1609.04468).
+    """
+    angle = torch.acos(F.cosine_similarity(a, b, dim=0).clamp(-1, 1))
+    if angle.sin() < 1e-3:
+        return torch.lerp(a, b, t)
+    return (((1 - t) * angle).sin() * a + (t * angle).sin() * b) / angle.sin()
+
+
+def plot_traversals(model: nn.Module, kl: Tensor, *, dims: list[int] | None = None, z: Tensor | None = None,
+                    label: int | None = None, values: Tensor | None = None, title: str = "") -> plt.Figure:
+    """Figure with the mean images of p(x|z) where one latent a row takes ``values`` (-3 to 3) and the others stay.
+
+    ``kl``: nats [latent_dim], of kl_per_dim. ``dims``: the latents, by default the 8 of largest ``kl``. ``z``: where the
+    others stay, [latent_dim], by default 0.
+    """
+    dims = kl.argsort(descending=True)[:8].tolist() if dims is None else dims
+    values = torch.linspace(-3, 3, 9) if values is None else values
+    points = (torch.zeros_like(kl) if z is None else z).repeat(len(dims), len(values), 1)
+    for row, dim in zip(points, dims, strict=True):
+        row[:, dim] = values
+    images = _mean_images(model, points.flatten(0, 1), label)
+    figure = show_images(images, columns=len(values), title=title,
+                         row_labels=[f"$z_{{{dim}}}$, {kl[dim]:.2f} nats" for dim in dims])
+    left, right = figure.axes[0].get_xlim()
+    figure.axes[0].set_xticks(left + (right - left) * (np.arange(len(values)) + 0.5) / len(values),
+                              [f"{value:g}" for value in values.tolist()])
+    figure.axes[0].set_xlabel("value of the latent of each row")
+    return figure
+
+
+def _png(image: Image.Image, side: int) -> bytes:
+    """PNG of ``image`` with its pixels enlarged by the whole number that brings it to at most ``side``, if at all."""
+    scale, file = max(1, side // max(image.size)), io.BytesIO()
+    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def _picture(image: Tensor) -> Image.Image:
+    return Image.fromarray(image.mul(255).round().to(torch.uint8).permute(1, 2, 0).squeeze(2).numpy())
+
+
+class LatentExplorer(widgets.VBox):
+    """Panel that moves z by hand and shows the mean image of p(x|z); for any model whose q(z|x) is over vectors.
+
+    Sliders for the ``num_sliders`` latents of largest KL, measured on at most 2,000 images of ``data.test``; the others
+    are folded away. The map is the plane of largest variance of the means of q(z|x), the dot on it the current z.
+    A model with ``num_classes`` above 0 has a label to choose. ``seed``: of the draws. ``folder``: where "save" writes,
+    by default explorer/ in output_dir("images").
+
+    A program reads and sets ``z`` (finite, [latent_dim]; sliders show it rounded to 1/16), ``label`` (an index or a name
+    in data.classes) and the widgets: ``sliders``, ``index``, ``walk``, ``buttons[name].click()``, ``image.value`` (PNG
+    bytes). ``kept`` holds A and B. Raises ValueError for a value, model or data that do not fit.
+    """
+
+    SIDE, FOLDED, FRAMES = 252, 24, 50  # pixels of a picture, sliders folded at a time, frames of a walk
+    STEP = 1 / 16  # of a slider; a value off its binary grid would be rounded by the front end and sent back as a move
+
+    def __init__(self, model: nn.Module, data: ImageData, *, num_sliders: int = 8, seed: int = 0,
+                 folder: str | Path | None = None):
+        if not isinstance(num_sliders, numbers.Integral) or num_sliders < 1:
+            raise ValueError(f"num_sliders is {num_sliders!r}; it must be a whole number, at least 1")
+        num_classes = getattr(model, "num_classes", 0)
+        if num_classes > len(data.classes):
+            raise ValueError(f"the model takes labels 0 to {num_classes - 1}, but data has {len(data.classes)} classes")
+        part = data.test[torch.linspace(0, len(data.test) - 1, min(len(data.test), 2000)).long()]
+        means, stddevs = encode_all(model, part)
+        super().__init__(_dom_classes=["explorer"])
+        self.model, self.data, self.folder, self.kept = model, data, folder, {}
+        self._rng, self._moving, self._dtype = np.random.default_rng(seed), False, means.dtype
+        means = means.double()  # as a slider's value: what it sends comes back unrounded
+        self._z, self._kl = torch.zeros_like(means[0]), _kl_per_dim(means, stddevs)
+        self._order = self._kl.argsort(descending=True).tolist()
+        self._draw_map(means, part.labels)
+        self._build(num_sliders, num_classes)
+        self._turn()
+        self.encode(0)
+
+    def _draw_map(self, means: Tensor, labels: Tensor) -> None:
+        flat = min(means.shape) <= 2  # one or two latents are shown as they are
+        plane = torch.eye(means.shape[1], 2) if flat else torch.linalg.eigh(means.T.cov()).eigenvectors[:, [-1, -2]]
+        self._plane = plane.to(means) * torch.tensor([1, -1]).to(means)  # pixels count downwards
+        reach = torch.cat([means @ self._plane, torch.tensor([[-2.5, -2.5], [2.5, 2.5]]).to(means)])  # the prior's, too
+        self._low, self._span = reach.amin(0), reach.amax(0) - reach.amin(0)
+        figure = plt.figure(figsize=(3.6, 3.6), dpi=self.SIDE / 3.6, layout="none")
+        axes = figure.add_axes((0, 0, 1, 1), xlim=(0, self.SIDE), ylim=(self.SIDE, 0))
+        axes.set_axis_off()
+        points = self._on_map(means)
+        for label in labels.unique().tolist():
+            mine, colour = points[labels == label], COLOURS[label % len(COLOURS)]
+            axes.scatter(*mine.T, s=8, color=colour, alpha=0.6, linewidths=0)
+            axes.text(*mine.median(0).values, self.data.classes[label], ha="center", va="center", fontsize="small",
+                      bbox={"fc": "white", "ec": colour, "boxstyle": "round,pad=0.15"})
+        file = io.BytesIO()
+        figure.savefig(file, dpi=figure.dpi)
+        plt.close(figure)
+        self._map = Image.open(file).convert("RGB")
+        ImageDraw.Draw(self._map).rectangle((0, 0, self.SIDE - 1, self.SIDE - 1), outline="silver")
+
+    def _on_map(self, z: Tensor) -> Tensor:
+        """Pixels [..., 2] of ``z`` on the map; what lies outside is put on its edge."""
+        place = (z @ self._plane - self._low) / self._span
+        return (self.SIDE * (0.05 + 0.9 * place)).clamp(7, self.SIDE - 7)
+
+    def _build(self, num_sliders: int, num_classes: int) -> None:
+        wide, row = widgets.Layout(width="320px"), widgets.Layout(flex_flow="row wrap", align_items="center")
+        named = widgets.SliderStyle(description_width="110px")
+        sliders = [widgets.FloatSlider(min=-4, max=4, step=self.STEP, layout=wide, style=named)
+                   for _ in self._order[:num_sliders + self.FOLDED]]
+        self.sliders, self.folded = sliders[:num_sliders], sliders[num_sliders:]
+        for position, slider in enumerate(sliders):
+            slider.observe(partial(self._slide, position), "value")
+        pages = range(num_sliders, len(self._order), self.FOLDED)
+        self.page = widgets.Dropdown(description="by KL, from", layout=wide, style=named, options=[
+            (f"{start + 1} to {min(start + self.FOLDED, len(self._order))}", start) for start in pages])
+        self.page.observe(self._turn, "value")
+        self._others = widgets.VBox()
+        others = self._kl[self._order[num_sliders:]]
+        self.rest = widgets.Accordion([self._others], titles=[f"{len(others)} more, {others.sum():.2f} nats together"])
+        names = [(name, label) for label, name in enumerate(self.data.classes[:num_classes])]
+        self.labels = widgets.Dropdown(options=names, description="label", layout=wide, style=named)
+        self.labels.observe(lambda change: self._moving or self._render(), "value")
+        self.index = widgets.BoundedIntText(max=len(self.data.test) - 1, layout={"width": "76px"})
+        self.play = widgets.Play(max=self.FRAMES, interval=80, disabled=True, show_repeat=False)
+        self.walk = widgets.IntSlider(max=self.FRAMES, readout=False, disabled=True, layout={"width": "220px"})
+        widgets.link((self.play, "value"), (self.walk, "value"))
+        self.walk.observe(self._step, "value")
+        self.status, self.buttons = widgets.HTML(), {}
+        for name, action in {"prior sample": self._sample, "reset": lambda: self._move(torch.zeros_like(self._z)),
+                             "encode": lambda: self.encode(self.index.value),
+                             "random image": lambda: self.encode(int(self._rng.integers(len(self.data.test)))),
+                             "keep A": partial(self._keep, "A"), "keep B": partial(self._keep, "B"),
+                             "save": self._save}.items():
+            self.buttons[name] = widgets.Button(description=name, layout={"width": "auto"})
+            self.buttons[name].on_click(partial(self._press, action))
+        sample, reset, encode, random, keep_a, keep_b, save = self.buttons.values()
+        self.image, self.map, self.test_image, self.reconstruction = pictures = [
+            widgets.Image().add_class(f"explorer-{name}") for name in ("image", "map", "test", "reconstruction")]
+        live, plane, test, again = [
+            widgets.VBox([picture, widgets.Label(text)], layout={"align_items": "center"}) for picture, text in zip(
+                pictures, ("mean of p(x|z)", "map of the test images", "test image", "reconstruction"), strict=True)]
+        self.children = [
+            widgets.HBox([widgets.VBox([*[self.labels][:num_classes], *self.sliders, *[self.rest][:len(self.folded)]]),
+                          live, widgets.VBox([test, again]), plane], layout={"flex_flow": "row wrap", "grid_gap": "8px"}),
+            widgets.HBox([sample, reset, widgets.Label("test image"), self.index, encode, random, save], layout=row),
+            widgets.HBox([keep_a, keep_b, self.play, self.walk, widgets.Label("from A to B")], layout=row), self.status]
+
+    @property
+    def z(self) -> Tensor:
+        return self._z.to(self._dtype, copy=True)
+
+    @z.setter
+    def z(self, z: Tensor) -> None:
+        self._move(torch.as_tensor(z).detach())
+
+    @property
+    def label(self) -> int | None:
+        return self.labels.value
+
+    @label.setter
+    def label(self, label: int | str) -> None:
+        names = [name for name, _ in self.labels.options]
+        if label not in (*names, *range(len(names))):
+            raise ValueError(f"label is {label!r}; this model takes " + (
+                f"0 to {len(names) - 1} or one of {', '.join(names)}" if names else "none"))
+        self.labels.value = names.index(label) if isinstance(label, str) else int(label)
+
+    def encode(self, index: int) -> None:
+        """Goes to the mean of q(z|x) of the test image ``index``, shown beside its reconstruction, and to its label."""
+        if index not in range(len(self.data.test)):
+            raise ValueError(f"index is {index!r}; it must be a whole number from 0 to {len(self.data.test) - 1}")
+        part = self.data.test[int(index)]
+        self.index.value = int(index)
+        self._move(encode_all(self.model, part)[0][0], int(part.labels[0]))
+        self.test_image.value = _png(_picture(part.images[0] / 255), self.SIDE // 2)
+        self.reconstruction.value = _png(self._shown, self.SIDE // 2)
+
+    def _sample(self) -> None:
+        here = _device_of(self.model)
+        with seeded(int(self._rng.integers(2**31)), here):
+            self._move(_prior(self.model, self.z.to(here)).sample().flatten())
+
+    def _keep(self, name: str) -> None:
+        self.kept = dict(sorted({**self.kept, name: self._z}.items()))
+        self.play.disabled = self.walk.disabled = len(self.kept) < 2
+        self._render()
+
+    def _save(self) -> None:
+        folder = Path(self.folder or output_dir("images") / "explorer")
+        number = next(i for i in range(1, 10**6) if not (folder / f"{i:03}.pt").exists())
+        _write(folder / f"{number:03}.png", lambda file: file.write(self.image.value))
+        _write(folder / f"{number:03}.pt", partial(torch.save, {"z": self.z, "label": self.label}))
+        self.status.value = f"saved {html.escape(str(folder))}/{number:03}.png and its z, {number:03}.pt"
+
+    def _press(self, action: Callable, button: widgets.Button) -> None:
+        self.status.value = ""
+        try:
+            action()
+        except Exception as error:  # a button's traceback would go to a log that nobody has open
+            self.status.value = html.escape(f"{button.description}: {error}")
+
+    def _slide(self, position: int, change) -> None:
+        """Draws at once: meanwhile the front end holds back all but the newest value, so no stale frames queue up."""
+        if not self._moving:
+            z = self._z.clone()
+            z[self._dims[position]] = change.new
+            try:
+                self._move(z)
+            except ValueError:
+                self._move(self._z)  # takes the slider back
+                raise
+
+    def _step(self, change) -> None:
+        if len(self.kept) < 2:
+            raise ValueError("the walk needs two kept points: keep A and keep B first")
+        self._move(slerp(*self.kept.values(), change.new / self.FRAMES))
+
+    def _turn(self, change=None) -> None:
+        """Names the sliders, the folded ones after the latents of the chosen page."""
+        count = len(self.sliders)
+        self._dims = self._order[:count] + self._order[self.page.value or count:][:self.FOLDED]
+        for slider, dim in zip([*self.sliders, *self.folded], self._dims, strict=False):
+            slider.description = f"z[{dim}], {self._kl[dim]:.2f} nats"
+        shown = self.folded[:len(self._dims) - count]
+        self._others.children = [self.page, *shown] if len(self.page.options) > 1 else shown
+        self._move(self._z)
+
+    def _move(self, z: Tensor, label: int | None = None) -> None:
+        """Goes to ``z`` and ``label``: decodes once, and takes every slider there."""
+        z = z.to(self._z, copy=True)
+        if z.shape != self._z.shape:
+            raise ValueError(f"z has shape {list(z.shape)}; this model takes {list(self._z.shape)}")
+        if not z.isfinite().all():
+            raise ValueError(f"z is {z[~z.isfinite()][0]} at {int((~z.isfinite()).nonzero()[0])}; it must be finite")
+        self._z, self._moving = z, True
+        try:
+            if label is not None and self.labels.options:
+                self.labels.value = label
+            self._render()
+            for slider, value in zip([*self.sliders, *self.folded], z[self._dims].tolist(), strict=False):
+                limit = 2**max(2, math.ceil(math.log2(abs(value) + 1e-9)))
+                with slider.hold_sync():
+                    slider.min, slider.max, slider.value = -limit, limit, round(value / self.STEP) * self.STEP
+        finally:
+            self._moving = False
+
+    def _render(self) -> None:
+        if self.comm is None:  # closed
+            return
+        try:
+            self._shown = _picture(_mean_images(self.model, self.z.unsqueeze(0), self.label)[0])
+        except Exception as error:
+            self.status.value = html.escape(f"no image: {error}")
+            raise
+        self.image.value = _png(self._shown, self.SIDE)
+        marked = self._map.copy()
+        pen = ImageDraw.Draw(marked)
+        for name, z in {**self.kept, "": self._z}.items():
+            x, y = self._on_map(z).tolist()
+            fill, edge = ("white", "black") if name else ("black", "white")
+            pen.ellipse((x - 6, y - 6, x + 6, y + 6), fill, edge)
+            pen.text((x, y), name, fill="black", anchor="mm")
+        self.map.value = _png(marked, self.SIDE)
+
+    def close(self) -> None:
+        """Stops the walk and closes the panel with every widget in it; nothing of it runs on."""
+        parts = list(self.children)
+        for part in parts:  # grows while it is gone through
+            parts += getattr(part, "children", ())
+            if isinstance(part, widgets.Play):
+                part.playing = False
+            part.close()
+        super().close()
+
+    def __repr__(self) -> str:
+        return f"LatentExplorer of {len(self._order)} latents: run the notebook to move them"
+
+    def _repr_mimebundle_(self, **kwargs) -> dict:
+        """With a picture of traversals, which stands in its place where no kernel runs."""
+        file = io.BytesIO()
+        plot_traversals(self.model, self._kl, z=self.z, label=self.label).savefig(file, dpi=60)
+        return {**super()._repr_mimebundle_(**kwargs), "image/png": base64.b64encode(file.getvalue()).decode()}

@@ -3,12 +3,14 @@
 (a) ``fit`` against the usual recipe (torchvision dataset, ToTensor, DataLoader) on one 784-400-20-400-784 VAE.
 (b) ``fit`` on ConvVAE against a bare loop over ready batches. (c) Peak memory of that training.
 (d) Seconds of training until the test -ELBO passes 110, 100 and 95 nats. ``--full`` adds 26 epochs.
+(e) LatentExplorer on ConvVAE: from a slider's move to new bytes of the image and the map; ``--explorer`` does only this.
 """
 
 import math
 import os
 import platform
 import resource
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -133,6 +135,24 @@ def matrix_rate(dtype: torch.dtype, side: int = 2048) -> float:
     return 2 * side**3 / best / 1e9
 
 
+def slider_latency(data: vh.ImageData, moves: int = 200) -> list[tuple[str, str]]:
+    start = time.perf_counter()
+    panel = vh.LatentExplorer(vh.ConvVAE(data.image_shape).to(vh.device()), data)
+    opened, times = time.perf_counter() - start, []
+    for move in range(moves):
+        start = time.perf_counter()
+        panel.sliders[move % 8].value = -3 + move % 96 / 16
+        times.append((time.perf_counter() - start) * 1e3)
+    return [("(e) LatentExplorer, s to open", f"{opened:.2f}"),
+            ("    slider move to new bytes, median ms (at most 10)", f"{statistics.median(times):.1f}"),
+            ("    95th percentile, ms", f"{sorted(times)[int(0.95 * moves)]:.1f}")]
+
+
+def show(rows: list[tuple[str, str]]) -> None:
+    for name, value in rows:
+        print(f"{name:58}{value}")
+
+
 def main() -> None:
     root = Path(os.environ.get("VAE_DATA") or vh.ROOT / "data")
     data = vh.load_data("mnist").binarize_test()
@@ -140,6 +160,9 @@ def main() -> None:
         sys.exit("the benchmark needs MNIST")
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"on {vh.device()}; {data.source}")
+    if "--explorer" in sys.argv:
+        show(slider_latency(data))
+        return
     rows = [(f"matrix product {dtype}, GFLOP/s".replace("torch.", ""), f"{matrix_rate(dtype):.0f}")
             for dtype in (torch.float32, torch.bfloat16)]
     rows += compare_recipes(data, root)
@@ -147,10 +170,10 @@ def main() -> None:
     rows += time_to_reach(data, 4)
     if "--full" in sys.argv:
         rows += time_to_reach(data, 26)
+    rows += slider_latency(data)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
     rows.append(("(c) peak resident memory of all this (at most 1500 MB)", f"{peak:.0f} MB"))
-    for name, value in rows:
-        print(f"{name:58}{value}")
+    show(rows)
 
 
 if __name__ == "__main__":
