@@ -928,11 +928,41 @@ def plot_history(history: History, title: str = "", ylabel: str = "nats per imag
     plt.close(figure)
     return figure
 
-# ------------------------------------------------------------------------------------------------------------- explorer
-
 COLOURS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",  # told apart by colour-blind readers as well: Petroff
            "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")  # 2021 (arXiv 2107.02270)
 
+
+def plot_latents(points: Tensor, labels: Tensor, classes: tuple[str, ...], title: str = "") -> plt.Figure:
+    """Figure with ``points`` [N, 2] in a plane, coloured by ``labels`` [N], with the names of ``classes`` in a legend."""
+    points, labels = torch.as_tensor(points), torch.as_tensor(labels)
+    if points.ndim != 2 or points.shape[1] != 2 or len(points) != len(labels):
+        raise ValueError(f"points are {_kind(points)} for {len(labels)} labels; they must be [{len(labels)}, 2]")
+    figure, axes = plt.subplots(figsize=(6.4, 5.2), layout="constrained")
+    for label in labels.unique().tolist():
+        mine, colour = points[labels == label], COLOURS[label % len(COLOURS)]
+        axes.scatter(*mine.T, s=5, linewidths=0, color=colour, label=classes[label])
+    axes.set(title=title, xticks=[], yticks=[])
+    axes.legend(markerscale=4, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    plt.close(figure)
+    return figure
+
+
+def plot_manifold(model: nn.Module, count: int = 20, title: str = "") -> plt.Figure:
+    """Figure with the mean images of a model of two latents on a ``count`` x ``count`` grid of quantiles of the prior.
+
+    Steps of the grid are equal in probability (Kingma and Welling 2014, arXiv 1312.6114, figure 4); z_1 grows to the
+    right, z_2 upwards. Raises ValueError for another number of latents.
+    """
+    if getattr(model, "latent_dim", 2) != 2:
+        raise ValueError(f"latent_dim is {model.latent_dim}; a manifold is drawn of a model of 2 latents")
+    steps = Normal(0.0, 1.0).icdf((torch.arange(count) + 0.5) / count)
+    images = _mean_images(model, torch.cartesian_prod(steps.flip(0), steps).flip(1), None)
+    figure = show_images(images, columns=count, title=title, size=0.3)
+    figure.axes[0].set(xlabel="quantile of $z_1$", ylabel="quantile of $z_2$")
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------------------- explorer
 
 @torch.no_grad()
 def encode_all(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
