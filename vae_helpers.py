@@ -1051,7 +1051,7 @@ class LatentExplorer(widgets.VBox):
     """Panel that moves z by hand and shows the mean image of p(x|z); for any model whose q(z|x) is over vectors.
 
     Sliders for the ``num_sliders`` latents of largest KL, measured on at most 2,000 images of ``data.test``; the others
-    are folded away. The map is the plane of largest variance of the means of q(z|x), the dot on it the current z.
+    are folded away. The map is the plane of largest variance of the means of q(z|x), the ring on it the current z.
     A model with ``num_classes`` above 0 has a label to choose. ``seed``: of the draws. ``folder``: where "save" writes,
     by default explorer/ in output_dir("images").
 
@@ -1107,7 +1107,7 @@ class LatentExplorer(widgets.VBox):
     def _on_map(self, z: Tensor) -> Tensor:
         """Pixels [..., 2] of ``z`` on the map; what lies outside is put on its edge."""
         place = (z @ self._plane - self._low) / self._span
-        return (self.SIDE * (0.05 + 0.9 * place)).clamp(7, self.SIDE - 7)
+        return (self.SIDE * (0.05 + 0.9 * place)).clamp(10, self.SIDE - 10)
 
     def _build(self, num_sliders: int, num_classes: int) -> None:
         wide, row = widgets.Layout(width="320px"), widgets.Layout(flex_flow="row wrap", align_items="center")
@@ -1262,11 +1262,12 @@ class LatentExplorer(widgets.VBox):
         self.image.value = _png(self._shown, self.SIDE)
         marked = self._map.copy()
         pen = ImageDraw.Draw(marked)
-        for name, z in {**self.kept, "": self._z}.items():
+        for name, z in self.kept.items():
             x, y = self._on_map(z).tolist()
-            fill, edge = ("white", "black") if name else ("black", "white")
-            pen.ellipse((x - 6, y - 6, x + 6, y + 6), fill, edge)
+            pen.ellipse((x - 6, y - 6, x + 6, y + 6), fill="white", outline="black")
             pen.text((x, y), name, fill="black", anchor="mm")
+        x, y = self._on_map(self._z).tolist()
+        pen.ellipse((x - 9, y - 9, x + 9, y + 9), outline="black", width=3)
         self.map.value = _png(marked, self.SIDE)
 
     def close(self) -> None:
