@@ -416,25 +416,32 @@ def log_likelihood(model: nn.Module, x: Tensor, y: Tensor | None = None, num_sam
             x_part = x[start:start + chunk].to(here)
             y_part = None if y is None else y[start:start + chunk].to(here)
             at_once = max(1, chunk // len(x_part))
+            log_weights = _log_weights(model, x_part, y_part)
             total = torch.full((len(x_part),), -math.inf, device=here)
             for done in range(0, num_samples, at_once):
-                log_w = _log_weights(model, x_part, y_part, min(at_once, num_samples - done))
-                total = torch.logaddexp(total, log_w.logsumexp(0))
+                total = torch.logaddexp(total, log_weights(min(at_once, num_samples - done)).logsumexp(0))
             result.append(total - math.log(num_samples))
     return torch.cat(result).to(x.device)
 
 
-def _log_weights(model: nn.Module, x: Tensor, y: Tensor | None, count: int) -> Tensor:
-    """log p(x|z) + log p(z) - log q(z|x) for ``count`` posterior samples z of each image, nats [count, B]."""
-    x_all = x.repeat(count, 1, 1, 1)
-    y_all = None if y is None else y.repeat(count)
+def _log_weights(model: nn.Module, x: Tensor, y: Tensor | None) -> Callable[[int], Tensor]:
+    """A function of a count: log p(x|z) + log p(z) - log q(z|x) for that many samples z of each image, nats [count, B]."""
+    def repeated(count: int) -> tuple[Tensor, Tensor | None]:
+        return x.repeat(count, 1, 1, 1), None if y is None else y.repeat(count)
+
     if hasattr(model, "elbo_terms"):
-        recon, kl = model.elbo_terms(x_all, y_all)
-        return (recon - kl).view(count, -1)
-    q_z = model.encode(x, y)
-    z = q_z.sample((count,))
-    recon = _recon(model.decode(z.flatten(0, 1), y_all), x_all).view(count, -1)
-    return recon + _prior(model, z).log_prob(z) - q_z.log_prob(z)
+        def log_weights(count: int) -> Tensor:
+            recon, kl = model.elbo_terms(*repeated(count))
+            return (recon - kl).view(count, -1)
+        return log_weights
+    q_z = model.encode(x, y)  # once, not for every sample
+
+    def log_weights(count: int) -> Tensor:
+        x_all, y_all = repeated(count)
+        z = q_z.sample((count,))
+        recon = _recon(model.decode(z.flatten(0, 1), y_all), x_all).view(count, -1)
+        return recon + _prior(model, z).log_prob(z) - q_z.log_prob(z)
+    return log_weights
 
 
 def bits_per_dim(nats: Tensor | float, num_dims: int) -> Tensor | float:

@@ -26,16 +26,14 @@ import vae_helpers as vh
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(not CHROMIUM and not os.environ.get("CI"), reason="no chromium on the PATH")
 
-PANELS = ["import sys; sys.path.insert(0, '..')\nimport time\nimport torch\nimport vae_helpers as vh",
-          "data = vh.load_data('digits').binarize_test()\ntorch.manual_seed(0)\n"
-          "plain, labelled = (vh.ConvVAE(num_classes=n, channels=(8, 16), hidden=128) for n in (0, 10))\n"
-          "for model in (plain, labelled):\n"
-          "    vh.fit(model, data, epochs=10, transform=torch.bernoulli, progress=False)",
-          "class Slow(vh.ConvVAE):\n    def decode(self, z, y=None):\n        time.sleep(0.1)\n"
-          "        return super().decode(z, y)\n"
-          "slow = Slow(channels=(8, 16), hidden=128)\nslow.load_state_dict(plain.state_dict());",
-          "panel = vh.LatentExplorer(plain, data)\npanel", "vh.LatentExplorer(labelled, data)",
-          "vh.LatentExplorer(slow, data, num_sliders=1)", "wide = vh.LatentExplorer(vh.ConvVAE(latent_dim=512), data)\nwide"]
+PANELS = [  # after the panel of notebook 04: one with labels, one whose decoder is slow, one of 512 latents
+    "digits = vh.load_data('digits').binarize_test()\ntorch.manual_seed(0)\n"
+    "labelled = vh.ConvVAE(num_classes=10, channels=(8, 16), hidden=128)\n"
+    "vh.fit(labelled, digits, epochs=5, transform=torch.bernoulli, progress=False)\nvh.LatentExplorer(labelled, digits)",
+    "import time\n\nclass Slow(vh.ConvVAE):\n    def decode(self, z, y=None):\n        time.sleep(0.1)\n"
+    "        return super().decode(z, y)\n\n"
+    "slow = Slow(**model.config)\nslow.load_state_dict(model.state_dict())\nvh.LatentExplorer(slow, data, num_sliders=1)",
+    "wide = vh.LatentExplorer(vh.ConvVAE(latent_dim=512), data)\nwide"]
 PIXELS = """image => {
     const canvas = document.createElement("canvas");
     [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
@@ -50,8 +48,8 @@ def lab(tmp_path_factory):
     root = tmp_path_factory.mktemp("lab")
     shutil.copytree(vh.ROOT / "notebooks", root / "work/notebooks")
     shutil.copy(vh.ROOT / "vae_helpers.py", root / "work")
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in PANELS],
-                                        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    notebook = nbformat.read(vh.ROOT / "notebooks/04_latent_space.ipynb", 4)
+    notebook.cells += [nbformat.v4.new_code_cell(source) for source in PANELS]
     nbformat.write(notebook, root / "work/notebooks/panels.ipynb")
     for file, text in {"config/labconfig/page_config.json": '{"disabledExtensions": {"@jupyterlab/apputils-extension:'
                                                             'announcements": true}}',  # no question about news
@@ -97,7 +95,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def page(lab, browser):
-    """The notebook of panels after all of its cells have run."""
+    """Notebook 04 after all of its cells have run, with more panels below."""
     with browser.new_page(viewport={"width": 1500, "height": 1100}) as page:
         run_all(page, lab, "panels.ipynb")
         page.locator(".explorer").nth(3).wait_for()
@@ -190,7 +188,7 @@ def handle(panel, number=0):
 
 
 @pytest.mark.parametrize("name", ["01_autoencoder_basics.ipynb"])
-def test_a_notebook_runs_to_its_end(lab, browser, name):
+def test_another_notebook_runs_to_its_end(lab, browser, name):
     with browser.new_page() as page:
         run_all(page, lab, name)
 
@@ -341,13 +339,13 @@ def test_closed_while_it_plays(panel, page, kernel):
         reply = kernel.execute(code, reply=True, timeout=20)
         assert reply["content"]["status"] == "ok", reply["content"]
 
-    run("panel.buttons['reset'].click(); panel.walk.value = 0")
+    run("explorer.buttons['reset'].click(); explorer.walk.value = 0")
     panel.locator(".widget-play button").first.click()
     changed(panel, "image", settled(panel, "test"))
-    run("panel.close()")
+    run("explorer.close()")
     until(lambda: page.locator(".explorer").count() == 3)
     time.sleep(1)
-    run("assert panel.walk.value < panel.FRAMES and panel.comm is None")
+    run("assert explorer.walk.value < explorer.FRAMES and explorer.comm is None")
     said = []
     with suppress(Empty):
         while True:

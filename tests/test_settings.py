@@ -65,3 +65,33 @@ def test_plot_history_has_a_panel_for_each_term_and_opens_no_window(few):
     assert all(axes.get_xlabel() == "updates" and axes.get_ylabel() == "nats per image" for axes in figure.axes)
     assert list(figure.axes[0].lines[1].get_xdata()) == [3, 6]
     assert not plt.get_fignums()
+
+
+def test_plot_latents_colours_each_class_and_names_it():
+    points, labels = torch.randn(30, 2), torch.arange(30) % 3
+    figure = vh.plot_latents(points, labels, ("a", "b", "c"), "plane")
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["a", "b", "c"]
+    drawn = [len(group.get_offsets()) for group in figure.axes[0].collections]
+    assert drawn == [10, 10, 10] and not plt.get_fignums()
+    with pytest.raises(ValueError, match=r"shape \[30, 3\] for 30 labels; they must be \[30, 2\]"):
+        vh.plot_latents(torch.randn(30, 3), labels, ("a", "b", "c"))
+
+
+def test_plot_manifold_runs_to_the_right_and_upwards():
+    class Corner(torch.nn.Module):
+        """One pixel on: its column follows z_1, its row z_2, so that the picture shows the axes of the grid."""
+
+        latent_dim = 2
+
+        def decode(self, z, y=None):
+            images = torch.zeros(len(z), 1, 4, 4)
+            images[:, 0, 0, 0], images[:, 0, 0, 1] = torch.sigmoid(z).T
+            return torch.distributions.Independent(torch.distributions.Normal(images, 1.0), 3)
+
+    figure = vh.plot_manifold(Corner(), 3)
+    shown = figure.axes[0].images[0].get_array()[:, :, 0]
+    first, second = shown[::6, ::6], shown[::6, 1::6]
+    assert (first[:, 0] < first[:, 2]).all() and (second[2] < second[0]).all()
+    assert not plt.get_fignums()
+    with pytest.raises(ValueError, match="latent_dim is 32; a manifold is drawn of a model of 2 latents"):
+        vh.plot_manifold(vh.ConvVAE(channels=(4, 8), hidden=16))
