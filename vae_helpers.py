@@ -599,17 +599,17 @@ def load_weights(path: str | Path) -> tuple[ConvVAE, dict]:
 
     Raises ValueError when ``path`` is not such a file.
     """
-    kept = _read(Path(path), WEIGHTS_FORMAT, "save_weights")
+    kept = _read(Path(path), WEIGHTS_FORMAT, "file of weights", "save_weights")
     model = ConvVAE(**kept["config"])
     model.load_state_dict(kept["state"])
     return model.eval().to(device()), kept["info"]
 
 
-def _read(path: Path, file_format: str, writer: str) -> dict:
+def _read(path: Path, file_format: str, kind: str, writer: str) -> dict:
     try:
         kept = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} is no whole file of {writer} ({type(error).__name__}). Delete it to have it made "
+        raise ValueError(f"{path} is no whole {kind} ({type(error).__name__}). Delete it to have it made "
                          "anew, or give another path.") from error
     if not isinstance(kept, dict) or kept.get("format") != file_format:
         raise ValueError(f"{path} was not written by {writer}. Give another path.")
@@ -845,7 +845,7 @@ CHECKPOINT_FORMAT = "vae_helpers checkpoint 1"
 
 
 def _load_checkpoint(path: Path, config: dict) -> dict:
-    state = _read(path, CHECKPOINT_FORMAT, "fit")
+    state = _read(path, CHECKPOINT_FORMAT, "checkpoint", "fit")
     for name, value in config.items():
         before = state["config"].get(name)
         if before == value:
