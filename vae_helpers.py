@@ -41,7 +41,7 @@ from PIL import Image, ImageDraw, ImageOps
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Distribution, Independent, Normal, kl_divergence
+from torch.distributions import Bernoulli, Distribution, Independent, Normal, OneHotCategorical, constraints, kl_divergence
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
@@ -391,7 +391,8 @@ def _recon(p_x: Distribution, x: Tensor) -> Tensor:
         reason = str(error).split(", but found")[0]
         raise ValueError(f"x is no possible value under p(x|z): {reason}. A Bernoulli likelihood "
                          "takes only 0 and 1: binarize training batches by fit(..., transform=torch.bernoulli), test "
-                         "images by data.binarize_test().") from error
+                         "images by data.binarize_test(). A likelihood of levels takes only 0, 1/255, ..., 1: give it "
+                         "images as they are, neither normalized nor with noise.") from error
 
 
 def _prior(model: nn.Module, z: Tensor) -> Distribution:
@@ -406,10 +407,12 @@ def log_likelihood(model: nn.Module, x: Tensor, y: Tensor | None = None, num_sam
 
     A lower bound in expectation that rises to log p(x) with ``num_samples`` (Burda et al. 2016, arXiv 1509.00519,
     equation 8). At most ``chunk`` images are decoded at once, which bounds the memory. An ``elbo_terms`` of the
-    model must give log q(z|x) - log p(z) of its sample as kl here. Raises ValueError when num_samples < 1.
+    model must give log q(z|x) - log p(z) of its sample as kl here. Raises ValueError when num_samples < 1 or y does not fit.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
+    if y is not None and len(y) != len(x):
+        raise ValueError(f"y holds {len(y)} labels for {len(x)} images; it must hold one for each")
     here, result = _device_of(model), []
     with _eval_mode(model):
         for start in range(0, len(x), chunk):
@@ -456,6 +459,122 @@ def bits_per_dim(nats: Tensor | float, num_dims: int) -> Tensor | float:
     return -nats / (num_dims * math.log(2))
 
 
+class _Levels(constraints.Constraint):
+    """0, 1/255, ..., 1, up to rounding."""
+
+    is_discrete = True
+
+    def check(self, value: Tensor) -> Tensor:
+        return ((value * 255).round() / 255 - value).abs().lt(1e-5) & (value >= 0) & (value <= 1)
+
+
+def _log_mass(x: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
+    """log of what a logistic density has between x - 1/510 and x + 1/510; the bins of 0 and 1 reach to infinity.
+
+    With a and b the ends of the bin less ``loc``, over the scale, sigmoid(a) - sigmoid(b) is the product of sigmoid(a),
+    sigmoid(-b) and 1 - exp(b - a): its logarithm is exact where the difference of the two would be 0.
+    """
+    inverse = (-log_scale).exp()
+    centre, half = (x - loc) * inverse, inverse / 510
+    below, above = F.logsigmoid(centre + half), F.logsigmoid(half - centre)
+    inside = below + above + torch.log(-torch.expm1(-2 * half))
+    return torch.where(x < 1 / 510, below, torch.where(x > 1 - 1 / 510, above, inside))
+
+
+def _nearest_level(loc: Tensor, log_scale: Tensor) -> Tensor:
+    """The level nearest to a draw from the logistic density."""
+    uniform = torch.rand_like(loc).clamp(1e-6, 1 - 1e-6)
+    return ((loc + log_scale.exp() * uniform.logit()).clamp(0, 1) * 255).round() / 255
+
+
+class DiscretizedLogistic(Distribution):
+    """Probabilities of the levels 0, 1/255, ..., 1: what a logistic density of mean ``loc`` has in the bin of each.
+
+    Bins are 1/255 wide; those of 0 and 1 take the tails (Kingma et al. 2016, arXiv 1606.04934, section 5.2; Salimans et
+    al. 2017, arXiv 1701.05517, equation 2). ``loc`` and ``log_scale``, the logarithm of the scale of the density, have
+    one shape, the batch shape; both are in units of the whole range. ``log_prob`` is in nats.
+    """
+
+    arg_constraints = {"loc": constraints.real, "log_scale": constraints.real}
+    support = _Levels()
+
+    def __init__(self, loc: Tensor, log_scale: Tensor, validate_args: bool | None = None):
+        self.loc, self.log_scale = torch.broadcast_tensors(loc, log_scale)
+        super().__init__(self.loc.shape, validate_args=validate_args)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        return _log_mass(value, self.loc, self.log_scale)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
+        return _nearest_level(self.loc.expand(shape), self.log_scale.expand(shape))
+
+    @property
+    def mean(self) -> Tensor:
+        """Exact: the sum over all levels above 0 of the probability to reach them, over 255."""
+        inverse, total = (-self.log_scale).exp(), torch.zeros_like(self.loc)
+        for level in range(255):
+            total += torch.sigmoid((self.loc - (level + 0.5) / 255) * inverse)
+        return total / 255
+
+
+class DiscretizedLogisticMixture(Distribution):
+    """A mixture of K discretized logistics for each pixel, whose colours depend on the colours before them.
+
+    ``logits`` [B, K, H, W] weigh the components. In component k, colour c has mean loc[c] plus, for each colour d < c, a
+    coefficient times x[d] - loc[d]: what is left of x by then (Salimans et al. 2017, arXiv 1701.05517, section 2.2).
+    ``loc`` and ``log_scale`` [B, K, C, H, W]; ``coefficients`` [B, K, C (C - 1) / 2, H, W], for (c, d) = (1, 0), (2, 0),
+    (2, 1), ... Batch shape [B], event shape [C, H, W]; ``log_prob`` is in nats.
+    """
+
+    arg_constraints = {"logits": constraints.real, "loc": constraints.real, "log_scale": constraints.real,
+                       "coefficients": constraints.real}
+    support = constraints.independent(_Levels(), 3)
+
+    def __init__(self, logits: Tensor, loc: Tensor, log_scale: Tensor, coefficients: Tensor,
+                 validate_args: bool | None = None):
+        self.logits, self.loc, self.log_scale, self.coefficients = logits, loc, log_scale, coefficients
+        super().__init__(loc.shape[:1], loc.shape[2:], validate_args=validate_args)
+
+    @staticmethod
+    def _given(x: Tensor, loc: Tensor, coefficients: Tensor) -> Tensor:
+        """``loc`` of every colour, moved by the colours of ``x`` before it."""
+        x, loc = torch.broadcast_tensors(x, loc)
+        moved = [loc[..., 0, :, :]]
+        for colour in range(1, loc.shape[-3]):
+            first = colour * (colour - 1) // 2
+            share = coefficients[..., first:first + colour, :, :] * (x - loc)[..., :colour, :, :]
+            moved.append(loc[..., colour, :, :] + share.sum(-3))
+        return torch.stack(moved, dim=-3)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        value = value.unsqueeze(-4)
+        mass = _log_mass(value, self._given(value, self.loc, self.coefficients), self.log_scale).sum(-3)
+        return (mass + self.logits.log_softmax(-3)).logsumexp(-3).sum((-2, -1))
+
+    @torch.no_grad()
+    def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
+        weights = OneHotCategorical(logits=self.logits.movedim(-3, -1), validate_args=False)
+        chosen = weights.sample(torch.Size(sample_shape)).movedim(-1, -3).unsqueeze(-3)
+        loc, log_scale, coefficients = [
+            (chosen * part).sum(-4) for part in (self.loc, self.log_scale, self.coefficients)]
+        x = loc.clone()
+        for colour in range(loc.shape[-3]):
+            moved = self._given(x, loc, coefficients)[..., colour, :, :]
+            x[..., colour, :, :] = _nearest_level(moved, log_scale[..., colour, :, :])
+        return x
+
+    @property
+    def mean(self) -> Tensor:
+        """Of the means of the components, each clipped to [0, 1]: exact but for what the edge levels cut off."""
+        return (self.logits.softmax(-3).unsqueeze(-3) * self.loc.clamp(0, 1)).sum(-4)
+
+
 # ---------------------------------------------------------------------------------------------------- convolutional VAE
 
 
@@ -463,7 +582,30 @@ def _bernoulli(logits: Tensor) -> Distribution:
     return Independent(Bernoulli(logits=logits), 3)
 
 
-LIKELIHOODS = {"bernoulli": (_bernoulli, 1)}  # name -> (decoder output [B, C * k, H, W] to p(x|z), k)
+def _logistic(output: Tensor) -> Distribution:
+    loc, log_scale = output.chunk(2, dim=1)
+    return Independent(DiscretizedLogistic(*_logistic_start(loc, log_scale)), 3)
+
+
+def _mixture(components: int) -> tuple[Callable, Callable]:
+    def mixture(output: Tensor) -> Distribution:
+        logits, rest = output[:, :components], output[:, components:].unflatten(1, (components, -1))
+        colours = 1 if rest.shape[2] == 2 else 3
+        loc, log_scale, coefficients = rest.split((colours, colours, rest.shape[2] - 2 * colours), dim=2)
+        return DiscretizedLogisticMixture(logits, *_logistic_start(loc, log_scale), coefficients)
+    return mixture, lambda colours: components * (1 + 2 * colours + colours * (colours - 1) // 2)
+
+
+def _logistic_start(loc: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs near 0, as at the start, mean a grey pixel give or take a tenth; no scale is far below one level."""
+    return 0.5 + 0.25 * loc, (log_scale - 3).clamp(-8, 4)
+
+
+LIKELIHOODS = {  # name -> (decoder output [B, k(C), H, W] to p(x|z), k)
+    "bernoulli": (_bernoulli, lambda colours: colours),
+    "logistic": (_logistic, lambda colours: 2 * colours),
+    "linked": _mixture(1),  # logistics whose colours depend on the colours before them
+    "mixture": _mixture(3)}
 
 
 class Residual(nn.Sequential):
@@ -487,13 +629,14 @@ class ConvVAE(nn.Module):
     ``image_shape``: (C, H, W) with C of 1 or 3, H and W multiples of 4. ``num_classes`` > 0: encoder and decoder also
     take the label. ``channels``: filters at the first and the second halving. ``hidden``: width of the dense layers.
     ``blocks``: residual blocks of two convolutions at the smallest size, and as many of one dense layer, in encoder and
-    decoder each. ``likelihood``: a name in LIKELIHOODS. The log-variance of q(z|x) is kept within -14 and 14.
+    decoder each. ``likelihood``: a name in LIKELIHOODS, or a pair like its values. The log-variance of q(z|x) is kept
+    within -14 and 14.
     Raises ValueError for any other value, and for x, y or z that do not fit.
     """
 
     def __init__(self, image_shape: tuple[int, int, int] = (1, 28, 28), latent_dim: int = 32, num_classes: int = 0, *,
                  channels: tuple[int, int] = (16, 32), hidden: int = 512, blocks: int = 0,
-                 likelihood: str = "bernoulli"):
+                 likelihood: str | tuple[Callable, Callable] = "bernoulli"):
         super().__init__()
         image_shape = tuple(image_shape)
         if len(image_shape) != 3 or image_shape[0] not in (1, 3) or any(s < 4 or s % 4 for s in image_shape[1:]):
@@ -504,14 +647,14 @@ class ConvVAE(nn.Module):
             raise ValueError(f"blocks is {blocks}; it must be 0 or more")
         if num_classes < 0:
             raise ValueError(f"num_classes is {num_classes}; it must be 0 (no labels) or the number of classes")
-        if likelihood not in LIKELIHOODS:
+        if isinstance(likelihood, str) and likelihood not in LIKELIHOODS:
             raise ValueError(f"likelihood is {likelihood!r}; it must be one of {', '.join(LIKELIHOODS)}")
         self.image_shape, self.latent_dim, self.num_classes = image_shape, latent_dim, num_classes
         self.config = {"image_shape": image_shape, "latent_dim": latent_dim, "num_classes": num_classes,
                        "channels": tuple(channels), "hidden": hidden, "blocks": blocks, "likelihood": likelihood}
         (colours, height, width), (few, many) = image_shape, channels
         bottom = (many, height // 4, width // 4)
-        self.likelihood, outputs = LIKELIHOODS[likelihood]
+        self.likelihood, outputs = LIKELIHOODS[likelihood] if isinstance(likelihood, str) else likelihood
 
         def conv_blocks():
             return [Residual(nn.BatchNorm2d(many), nn.ReLU(), nn.Conv2d(many, many, 3, padding=1),
@@ -533,7 +676,7 @@ class ConvVAE(nn.Module):
         self.up = nn.Sequential(
             *conv_blocks(), nn.BatchNorm2d(many), nn.ReLU(),
             nn.ConvTranspose2d(many, few, 4, stride=2, padding=1), nn.BatchNorm2d(few), nn.ReLU(),
-            nn.ConvTranspose2d(few, outputs * colours, 4, stride=2, padding=1))
+            nn.ConvTranspose2d(few, outputs(colours), 4, stride=2, padding=1))
         self.to(memory_format=torch.channels_last)
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Distribution:
@@ -551,7 +694,9 @@ class ConvVAE(nn.Module):
         return self.likelihood(self.up(self.from_z(self._with_label(z, y))).float())
 
     def extra_repr(self) -> str:
-        return f"{self.image_shape}, latent_dim={self.latent_dim}, likelihood={self.likelihood.__name__}"
+        name = self.config["likelihood"]
+        name = name if isinstance(name, str) else getattr(name[0], "__name__", type(name[0]).__name__)
+        return f"{self.image_shape}, latent_dim={self.latent_dim}, likelihood={name}"
 
     def _with_label(self, features: Tensor, y: Tensor | None) -> Tensor:
         if not self.num_classes and y is None:

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -106,6 +107,53 @@ def test_a_damaged_official_file_is_named(tmp_path, offline):
         (folder / name).write_bytes(gzip.compress(b"no digits"))
     with pytest.raises(RuntimeError, match="train-images-idx3-ubyte is damaged.*Delete it"):
         vh.load_data("mnist", root=tmp_path / "root")
+
+
+@pytest.fixture
+def official_cifar10(tmp_path, monkeypatch, offline):
+    """A root with a small set in the format of the official files, whose checksums torchvision takes for the right ones."""
+    root, rng = tmp_path / "official", np.random.default_rng(0)
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+
+    def write(name, entry):
+        (folder / name).write_bytes(pickle.dumps(entry))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    def batch(name, count):
+        pixels = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
+        return write(name, {"data": pixels, "labels": [i % 10 for i in range(count)]})
+
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    train, test = [batch(f"data_batch_{i}", 20) for i in range(1, 6)], [batch("test_batch", 30)]
+    meta = write("batches.meta", {"label_names": names})
+    monkeypatch.setattr(vh.datasets.CIFAR10, "train_list", train)
+    monkeypatch.setattr(vh.datasets.CIFAR10, "test_list", test)
+    monkeypatch.setattr(vh.datasets.CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
+    title, dataset, where, _, stand_in = vh.OFFICIAL["cifar10"]
+    monkeypatch.setitem(vh.OFFICIAL, "cifar10", (title, dataset, where, dict(train + test), stand_in))
+    return root
+
+
+def test_cifar10_in_the_official_format(official_cifar10):
+    data = vh.load_data("cifar10", root=official_cifar10)
+    check(data, (3, 32, 32), 10)
+    assert (len(data.train), len(data.test), data.name, data.source) == (100, 30, "cifar10", "CIFAR-10")
+    with (official_cifar10 / "cifar-10-batches-py/data_batch_2").open("rb") as file:
+        pixels = pickle.load(file)["data"][3]
+    assert np.array_equal(data.train.images[23].flatten(), pixels), "red, green and blue planes in this order"
+    model = vh.ConvVAE(data.image_shape, 4, channels=(4, 8), hidden=16, likelihood="linked")
+    history = vh.fit(model, data, epochs=1, batch_size=25, progress=False)
+    assert history.test["loss"][0] > 0 and data.classes[9] == "truck"
+
+
+def test_a_damaged_cifar10_batch_is_named(official_cifar10):
+    path = official_cifar10 / "cifar-10-batches-py/data_batch_3"
+    spoilt = bytearray(path.read_bytes())
+    spoilt[1000] ^= 1
+    path.write_bytes(spoilt)
+    with pytest.raises(RuntimeError, match="data_batch_3 is damaged.*Delete it"):
+        vh.load_data("cifar10", root=official_cifar10)
 
 
 @pytest.mark.parametrize("mode, channels", [("RGB", 3), ("L", 1), ("RGBA", 3), ("P", 3)])

@@ -122,6 +122,8 @@ def test_grey_pixels_are_no_value_of_a_bernoulli(digits):
 
 
 def test_num_samples_must_be_positive(x):
+    with pytest.raises(ValueError, match="y holds 41 labels for 40 images; it must hold one for each"):
+        vh.log_likelihood(LinearGaussian(), x, torch.zeros(41, dtype=torch.int64), num_samples=1)
     with pytest.raises(ValueError, match="num_samples is 0; it must be at least 1"):
         vh.log_likelihood(LinearGaussian(), x, num_samples=0)
 
