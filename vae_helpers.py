@@ -468,9 +468,10 @@ class _Levels(constraints.Constraint):
         return ((value * 255).round() / 255 - value).abs().lt(1e-5) & (value >= 0) & (value <= 1)
 
 
-def _log_mass(x: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
-    """log of what a logistic density has between x - 1/510 and x + 1/510; the bins of 0 and 1 reach to infinity.
+def log_mass(x: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
+    """Logarithm of what a logistic density has between x - 1/510 and x + 1/510: nats, one for each value of ``x``.
 
+    The bins of 0 and 1 reach to infinity (Salimans et al. 2017, arXiv 1701.05517, equation 2).
     With a and b the ends of the bin less ``loc``, over the scale, sigmoid(a) - sigmoid(b) is the product of sigmoid(a),
     sigmoid(-b) and 1 - exp(b - a): its logarithm is exact where the difference of the two would be 0.
     """
@@ -505,7 +506,7 @@ class DiscretizedLogistic(Distribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        return _log_mass(value, self.loc, self.log_scale)
+        return log_mass(value, self.loc, self.log_scale)
 
     @torch.no_grad()
     def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
@@ -554,7 +555,7 @@ class DiscretizedLogisticMixture(Distribution):
         if self._validate_args:
             self._validate_sample(value)
         value = value.unsqueeze(-4)
-        mass = _log_mass(value, self._given(value, self.loc, self.coefficients), self.log_scale).sum(-3)
+        mass = log_mass(value, self._given(value, self.loc, self.coefficients), self.log_scale).sum(-3)
         return (mass + self.logits.log_softmax(-3)).logsumexp(-3).sum((-2, -1))
 
     @torch.no_grad()
@@ -964,7 +965,7 @@ def _without_addresses(text: str) -> str:
 
 def _describe_split(split: Split) -> str:
     sample = split.images[::max(1, len(split) // 1000)].numpy()
-    return f"{len(split)} images of checksum {zlib.crc32(split.labels.numpy(), zlib.crc32(sample.tobytes())):08x}"
+    return f"{len(split)} images of checksum {zlib.crc32(split.labels.numpy().tobytes(), zlib.crc32(sample.tobytes())):08x}"
 
 
 @contextmanager

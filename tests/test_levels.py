@@ -104,15 +104,14 @@ def test_samples_of_the_mixture_have_its_mean_and_its_entropy():
 
 
 @pytest.mark.parametrize("spoil, name", [
-    (lambda x: x * 2 - 1, "normalized"), (lambda x: x + 0.3 / 255, "with noise"), (lambda x: x * 255, "0 to 255"),
-    (lambda x: x * math.nan, "NaN")])
+    (lambda x: x * 2 - 1, "normalized"), (lambda x: x + 0.3 / 255, "with noise"), (lambda x: x * 255, "0 to 255")])
 @pytest.mark.parametrize("likelihood", ["logistic", "linked", "mixture"])
 def test_what_is_no_level_is_refused_before_training(likelihood, spoil, name):
     model = vh.ConvVAE((3, 32, 32), 4, channels=(4, 8), hidden=16, likelihood=likelihood)
     data = vh.load_data("photos")
     data = replace(data, train=data.train[:64], test=data.test[:8])
     before = [p.clone() for p in model.parameters()]
-    with pytest.raises(ValueError, match="no possible value under.*multiples|no possible value under.*1/255"):
+    with pytest.raises(ValueError, match="no possible value under.*1/255"):
         vh.fit(model, data, epochs=1, transform=spoil, progress=False)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)), name
 
