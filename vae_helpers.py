@@ -354,6 +354,16 @@ def slant(images: Tensor) -> Tensor:
     return torch.rad2deg(torch.atan2(-(share * down * right).sum((1, 2)), (share * down**2).sum((1, 2))))
 
 
+def stroke_width(images: Tensor) -> Tensor:
+    """Width in pixels [N] of the strokes of images [N, 1, H, W]: twice the ink over the sum of jumps between pixels.
+
+    A stroke of width w and length L has area w L and, when it is long, an outline of 2 L.
+    """
+    ink = images.float().mean(1)
+    jumps = torch.hypot(ink.diff(dim=1)[:, :, 1:], ink.diff(dim=2)[:, 1:]).sum((1, 2))
+    return 2 * ink.sum((1, 2)) / jumps.clamp(min=1e-6)
+
+
 # ----------------------------------------------------------------------------------------------------- likelihood terms
 
 
@@ -419,32 +429,36 @@ def log_likelihood(model: nn.Module, x: Tensor, y: Tensor | None = None, num_sam
             x_part = x[start:start + chunk].to(here)
             y_part = None if y is None else y[start:start + chunk].to(here)
             at_once = max(1, chunk // len(x_part))
-            log_weights = _log_weights(model, x_part, y_part)
+            draw = log_weights(model, x_part, y_part)
             total = torch.full((len(x_part),), -math.inf, device=here)
             for done in range(0, num_samples, at_once):
-                total = torch.logaddexp(total, log_weights(min(at_once, num_samples - done)).logsumexp(0))
+                total = torch.logaddexp(total, draw(min(at_once, num_samples - done)).logsumexp(0))
             result.append(total - math.log(num_samples))
     return torch.cat(result).to(x.device)
 
 
-def _log_weights(model: nn.Module, x: Tensor, y: Tensor | None) -> Callable[[int], Tensor]:
-    """A function of a count: log p(x|z) + log p(z) - log q(z|x) for that many samples z of each image, nats [count, B]."""
+def log_weights(model: nn.Module, x: Tensor, y: Tensor | None) -> Callable[[int], Tensor]:
+    """A function of a count: log p(x|z) + log p(z) - log q(z|x) for that many samples z of each image, nats [count, B].
+
+    The log of their mean exponential estimates log p(x) and can be trained on (Burda et al. 2016, arXiv 1509.00519,
+    equation 8); each call draws anew. Raises ValueError when x is no possible value under p(x|z).
+    """
     def repeated(count: int) -> tuple[Tensor, Tensor | None]:
         return x.repeat(count, 1, 1, 1), None if y is None else y.repeat(count)
 
     if hasattr(model, "elbo_terms"):
-        def log_weights(count: int) -> Tensor:
+        def draw(count: int) -> Tensor:
             recon, kl = model.elbo_terms(*repeated(count))
             return (recon - kl).view(count, -1)
-        return log_weights
+        return draw
     q_z = model.encode(x, y)  # once, not for every sample
 
-    def log_weights(count: int) -> Tensor:
+    def draw(count: int) -> Tensor:
         x_all, y_all = repeated(count)
-        z = q_z.sample((count,))
+        z = q_z.rsample((count,))
         recon = _recon(model.decode(z.flatten(0, 1), y_all), x_all).view(count, -1)
         return recon + _prior(model, z).log_prob(z) - q_z.log_prob(z)
-    return log_weights
+    return draw
 
 
 def bits_per_dim(nats: Tensor | float, num_dims: int) -> Tensor | float:
@@ -685,21 +699,22 @@ class ConvVAE(nn.Module):
         if x.shape[1:] != self.image_shape or not x.is_floating_point():
             raise ValueError(f"x is {_kind(x)}; this model takes float images in [0, 1] of shape "
                              f"[B, {', '.join(map(str, self.image_shape))}]")
-        mean, log_var = self.to_q(self._with_label(self.down(x), y)).float().chunk(2, dim=1)
+        mean, log_var = self.to_q(self.with_label(self.down(x), y)).float().chunk(2, dim=1)
         return Independent(Normal(mean, (0.5 * log_var.clamp(-14, 14)).exp()), 1)
 
     def decode(self, z: Tensor, y: Tensor | None = None) -> Distribution:
         """p(x|z), or p(x|z, y) of a conditional model, of z [B, latent_dim]: batch shape [B], event shape [C, H, W]."""
         if z.ndim != 2 or z.shape[1] != self.latent_dim:
             raise ValueError(f"z has shape {list(z.shape)}; this model takes [B, {self.latent_dim}]")
-        return self.likelihood(self.up(self.from_z(self._with_label(z, y))).float())
+        return self.likelihood(self.up(self.from_z(self.with_label(z, y))).float())
 
     def extra_repr(self) -> str:
         name = self.config["likelihood"]
         name = name if isinstance(name, str) else getattr(name[0], "__name__", type(name[0]).__name__)
         return f"{self.image_shape}, latent_dim={self.latent_dim}, likelihood={name}"
 
-    def _with_label(self, features: Tensor, y: Tensor | None) -> Tensor:
+    def with_label(self, features: Tensor, y: Tensor | None) -> Tensor:
+        """``features`` [B, n] with the one-hot label appended, [B, n + num_classes]; as they are without labels."""
         if not self.num_classes and y is None:
             return features
         if not self.num_classes:

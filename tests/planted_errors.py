@@ -3,7 +3,8 @@
     .venv/bin/python tests/planted_errors.py [word ...]
 
 Prints a table of the errors and the test that caught each; exits with 1 when one survives. Words choose the errors whose
-description holds one of them. About half a minute for each error on two cores.
+description holds one of them. About half a minute for each error on two cores. An error is planted in vae_helpers.py when
+a file of tests/ should notice it, and in a notebook when the assertions of that notebook should.
 """
 
 import os
@@ -14,8 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import nbformat
+
 ROOT = Path(__file__).resolve().parent.parent
-ERRORS = {  # the tests that should notice -> what is wrong, the text of vae_helpers.py, the wrong text
+ERRORS = {  # what should notice -> what is wrong, the right text, the wrong text
     "tests/test_likelihood.py": [
         ("KL: sign of the log-variance", "log_var.exp() - 1 - log_var)", "log_var.exp() - 1 + log_var)"),
         ("KL: without the half", "return 0.5 * (mean**2", "return (mean**2"),
@@ -28,8 +31,8 @@ ERRORS = {  # the tests that should notice -> what is wrong, the text of vae_hel
          "log_prob(z) + q_z.log_prob(z)\n    return"),
         ("importance weights: log K forgotten", "total - math.log(num_samples)", "total"),
         ("importance weights: mean of logarithms",
-         "log_weights(min(at_once, num_samples - done)).logsumexp(0)",
-         "log_weights(min(at_once, num_samples - done)).sum(0)"),
+         "draw(min(at_once, num_samples - done)).logsumexp(0)",
+         "draw(min(at_once, num_samples - done)).sum(0)"),
         ("importance weights in train mode",
          "    was_training = model.training\n    model.eval()",
          "    was_training = model.training"),
@@ -117,6 +120,45 @@ ERRORS = {  # the tests that should notice -> what is wrong, the text of vae_hel
     "tests/test_weights.py": [
         ("weights: rounded to eight bits", "{name: value.half() if", "{name: value.to(torch.float8_e4m3fn).half() if"),
     ],
+    "notebooks/01_autoencoder_basics.ipynb": [
+        ("PCA: the mean is not added again", "(change(z) @ V + mean)", "(change(z) @ V)"),
+        ("squared error: mean over pixels for the sum",
+         "(x - x_hat).square().sum((1, 2, 3), dtype=torch.float64).mean()",
+         "(x - x_hat).square().mean((1, 2, 3), dtype=torch.float64).mean()"),
+    ],
+    "notebooks/02_elbo_derivation.ipynb": [
+        ("Gaussian density: without the half",
+         "return -0.5 * (math.log(2 * math.pi) + torch.log(var)",
+         "return -(math.log(2 * math.pi) + torch.log(var)"),
+        ("expected reconstruction: the trace is dropped", "(off @ off + spread) / noise_var", "(off @ off) / noise_var"),
+        ("entropy: wrong sign", "return 0.5 * torch.logdet(2 * math.pi", "return -0.5 * torch.logdet(2 * math.pi"),
+        ("KL of two Gaussians: log-determinants swapped",
+         "torch.logdet(cov_p) - torch.logdet(cov)",
+         "torch.logdet(cov) - torch.logdet(cov_p)"),
+        ("importance weights: + log q",
+         "log_w = log_joint(z) - log_normal_full(z, mean, cov)",
+         "log_w = log_joint(z) + log_normal_full(z, mean, cov)"),
+        ("score-function gradient: the half of log-variance forgotten", "0.5 * (eps**2 - 1)]", "(eps**2 - 1)]"),
+    ],
+    "notebooks/03_conv_vae.ipynb": [
+        ("ELBO by hand: variance for the standard deviation",
+         "kl = vh.gaussian_kl(q_z.base_dist.loc, 2 * q_z.base_dist.scale.log())\n    return recon, kl",
+         "kl = vh.gaussian_kl(q_z.base_dist.loc, q_z.base_dist.scale.log())\n    return recon, kl"),
+    ],
+    "notebooks/05_cifar10.ipynb": [
+        ("dequantization: levels spread over two intervals", "noisy = (levels + torch.rand_like(levels)) / 256",
+         "noisy = (levels + 2 * torch.rand_like(levels)) / 256"),
+        ("beta: the scale is not squared",
+         "beta = gradient(lambda output: Independent(Normal(output, scale), 3), 1 / scale**2)",
+         "beta = gradient(lambda output: Independent(Normal(output, scale), 3), 1 / scale)"),
+    ],
+    "notebooks/06_conditional_vae.ipynb": [
+        ("mixture over labels: log of their number forgotten",
+         "mixture = log_p.logsumexp(1) - math.log(number)",
+         "mixture = log_p.logsumexp(1) - 2 * math.log(number)"),
+        ("calibration: confidence and share right added", "abs(share - sure) for sure", "abs(share + sure) for sure"),
+        ("label columns before the code", "F.pad(value, (0, more))", "F.pad(value, (more, 0))"),
+    ],
 }
 
 
@@ -130,6 +172,20 @@ def copy_project(folder: Path) -> None:
         (folder / "data").symlink_to(ROOT / "data")
 
 
+def plant(file: Path, right: str, wrong: str) -> bool:
+    """Whether ``right`` stood in the code of ``file`` exactly once, where ``wrong`` stands now."""
+    if file.suffix == ".py":
+        text = file.read_text()
+        file.write_text(text.replace(right, wrong))
+        return text.count(right) == 1
+    notebook = nbformat.read(file, 4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code" and right in cell.source]
+    for cell in cells:
+        cell.source = cell.source.replace(right, wrong)
+    nbformat.write(notebook, file)
+    return len(cells) == 1
+
+
 def main() -> None:
     chosen = [(tests, *error) for tests, errors in ERRORS.items() for error in errors
               if not sys.argv[1:] or any(word in error[0] for word in sys.argv[1:])]
@@ -137,14 +193,14 @@ def main() -> None:
     print("| planted error | caught by |\n| --- | --- |", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         copy_project(Path(folder))
-        helper = Path(folder) / "vae_helpers.py"
-        text = helper.read_text()
         for tests, what, right, wrong in chosen:
-            if text.count(right) != 1:
-                sys.exit(f"{what}: {right!r} is found {text.count(right)} times; mend this script")
-            helper.write_text(text.replace(right, wrong))
+            name = tests if tests.endswith(".ipynb") else "vae_helpers.py"
+            if not plant(Path(folder) / name, right, wrong):
+                sys.exit(f"{what}: {right!r} is not found in {name}, or not once; mend this script")
             run = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", tests], cwd=folder,
                                  capture_output=True, text=True, env={**os.environ, "VAE_BUDGET": "quick"})
+            shutil.copy(ROOT / name, Path(folder) / name)
+            shutil.rmtree(Path(folder) / "checkpoints", ignore_errors=True)
             caught = re.search(r"^(?:FAILED|ERROR) (\S+)", run.stdout, re.M)
             survivors += caught is None
             print(f"| {what} | {caught[1] if caught else '**nothing**'} |", flush=True)

@@ -330,3 +330,12 @@ def test_slant_of_a_sheared_bar(angle):
 
 def test_slant_of_an_empty_image_is_zero():
     assert vh.slant(torch.zeros(2, 1, 28, 28)).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("width", [2, 3, 4])
+def test_stroke_width_of_a_bar(width):
+    bar = torch.zeros(1, 1, 28, 28)
+    bar[..., 2:26, 10:10 + width] = 1
+    assert float(vh.stroke_width(bar)) == pytest.approx(width, rel=0.2)
+    assert float(vh.stroke_width(0.5 * bar)) == pytest.approx(float(vh.stroke_width(bar))), "ink may not matter"
+    assert vh.stroke_width(torch.zeros(1, 1, 28, 28)).tolist() == [0.0]
