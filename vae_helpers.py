@@ -75,11 +75,15 @@ def output_dir(name: str) -> Path:
     """The folder "checkpoints", "images" or "notebooks/weights" of the project, to write to; made where missing.
 
     Pictures and weights of a shorter run than ``full`` go under runs/ instead, so that only ``full`` replaces those that
-    are shipped. The environment variable VAE_OUT puts everything under another folder.
+    are shipped. The environment variable VAE_OUT puts everything under another folder. Raises OSError where that cannot
+    be made.
     """
     root = Path(os.environ.get("VAE_OUT") or ROOT)
     folder = root / name if name == "checkpoints" or budget(False, False, True) else root / "runs" / name
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make {folder}: {error}. Set VAE_OUT to a folder that can be written to.") from error
     return folder
 
 
