@@ -33,6 +33,7 @@ ERRORS = {  # what should notice -> what is wrong, the right text, the wrong tex
         ("importance weights: mean of logarithms",
          "draw(min(at_once, num_samples - done)).logsumexp(0)",
          "draw(min(at_once, num_samples - done)).sum(0)"),
+        ("importance weights: no gradient through z", "z = q_z.rsample((count,))", "z = q_z.sample((count,))"),
         ("importance weights in train mode",
          "    was_training = model.training\n    model.eval()",
          "    was_training = model.training"),

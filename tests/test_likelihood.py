@@ -119,9 +119,9 @@ def test_log_likelihood_of_5000_samples_stays_under_1_gb():
 @pytest.mark.parametrize("num_classes", [0, 10])
 def test_the_bound_of_log_weights_has_the_gradient_of_the_formula(few, num_classes):
     torch.manual_seed(0)
-    model = vh.ConvVAE(num_classes=num_classes, channels=(4, 8), hidden=16, latent_dim=2).double().train()
+    model = vh.ConvVAE(num_classes=num_classes, channels=(4, 8), hidden=16, latent_dim=2).train()
     x, y = few.test[:10].batch()
-    x, y, gradients = x.double(), y if num_classes else None, []
+    y, gradients = y if num_classes else None, []
     torch.manual_seed(1)
     gradients.append(torch.autograd.grad(vh.log_weights(model, x, y)(3).logsumexp(0).sum(), [*model.parameters()]))
     torch.manual_seed(1)
@@ -132,7 +132,7 @@ def test_the_bound_of_log_weights_has_the_gradient_of_the_formula(few, num_class
     log_p_z = -0.5 * (z**2).sum(-1) - math.log(2 * math.pi)
     gradients.append(torch.autograd.grad((recon + log_p_z - q_z.log_prob(z)).logsumexp(0).sum(), [*model.parameters()]))
     for by_helper, by_hand in zip(*gradients, strict=True):
-        torch.testing.assert_close(by_helper, by_hand, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(by_helper, by_hand, rtol=1e-3, atol=1e-3)
 
 
 def test_grey_pixels_are_no_value_of_a_bernoulli(digits):
