@@ -70,7 +70,7 @@ def lab(tmp_path_factory):
             env=env, stdout=log, stderr=log, start_new_session=True)
     try:
         until(lambda: answers(f"{base}/api?token={token}"), 60, lambda: (root / "log.txt").read_text())
-        yield f"{base}/lab/tree/notebooks/{{}}?token={token}", root
+        yield f"{base}/lab/workspaces/{{}}/tree/notebooks/{{}}?token={token}", root
     finally:
         server.send_signal(signal.SIGTERM)  # ends its kernels too
         try:
@@ -135,7 +135,7 @@ def until(condition, seconds=10, explain=lambda: ""):
 def run_all(page, lab, name, seconds=120):
     """Opens a notebook, runs all cells from the menu, saves it, and finds every cell run and none with an error."""
     url, root = lab
-    page.goto(url.format(name))
+    page.goto(url.format(name.split(".")[0], name))  # a workspace of its own: no tab of another test is restored
     page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=60_000)
     page.get_by_text("| Idle").wait_for(timeout=60_000)  # in the status bar: sooner, Run would ask for a kernel
     page.get_by_role("menuitem", name="Run", exact=True).click()

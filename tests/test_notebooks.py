@@ -11,7 +11,8 @@ import pytest
 
 import vae_helpers as vh
 
-NOTEBOOKS = sorted((vh.ROOT / "notebooks").rglob("*.ipynb"))
+NOTEBOOKS = sorted(path for path in (vh.ROOT / "notebooks").rglob("*.ipynb")
+                   if ".ipynb_checkpoints" not in path.parts)  # JupyterLab's own copies
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.name)
