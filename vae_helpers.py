@@ -441,7 +441,7 @@ def log_likelihood(model: nn.Module, x: Tensor, y: Tensor | None = None, num_sam
     return torch.cat(result).to(x.device)
 
 
-def log_weights(model: nn.Module, x: Tensor, y: Tensor | None) -> Callable[[int], Tensor]:
+def log_weights(model: nn.Module, x: Tensor, y: Tensor | None = None) -> Callable[[int], Tensor]:
     """A function of a count: log p(x|z) + log p(z) - log q(z|x) for that many samples z of each image, nats [count, B].
 
     The log of their mean exponential estimates log p(x) and can be trained on (Burda et al. 2016, arXiv 1509.00519,
@@ -1049,10 +1049,12 @@ def _progress_file():
 
 
 def show_images(images: Tensor, *, columns: int = 10, labels: list[str] | None = None,
-                row_labels: list[str] | None = None, title: str = "", size: float = 0.7) -> plt.Figure:
+                row_labels: list[str] | None = None, column_labels: list[str] | None = None, title: str = "",
+                size: float = 0.7) -> plt.Figure:
     """Figure with ``images`` [N, C, H, W], float in [0, 1] or uint8, in rows of ``columns``, each ``size`` inches wide.
 
-    ``labels``: a text under each image. ``row_labels``: a text left of each row. Raises ValueError without an image.
+    ``labels``: a text under each image. ``row_labels``, ``column_labels``: a text left of each row, below each column.
+    Raises ValueError without an image.
     """
     if images.ndim != 4 or not len(images):
         raise ValueError(f"images are {_kind(images)}; they must be [N, C, H, W] with N of at least 1")
@@ -1073,7 +1075,9 @@ def show_images(images: Tensor, *, columns: int = 10, labels: list[str] | None =
     axes.spines[:].set_visible(False)
     if row_labels:
         axes.set_yticks([row * down + height / 2 for row in range(rows)], row_labels)
-        axes.tick_params(length=0)
+    if column_labels:
+        axes.set_xticks([column * right + width / 2 for column in range(columns)], column_labels, fontsize="small")
+    axes.tick_params(length=0)
     axes.grid(False)
     for text, (top, left) in zip(labels or [], corners, strict=False):
         axes.text(left + width / 2, top + height + below / 2, text, ha="center", va="center", fontsize="x-small")
@@ -1200,10 +1204,8 @@ def plot_traversals(model: nn.Module, kl: Tensor, *, dims: list[int] | None = No
         row[:, dim] = values
     images = _mean_images(model, points.flatten(0, 1), label)
     figure = show_images(images, columns=len(values), title=title,
-                         row_labels=[f"$z_{{{dim}}}$, {kl[dim]:.2f} nats" for dim in dims])
-    left, right = figure.axes[0].get_xlim()
-    figure.axes[0].set_xticks(left + (right - left) * (np.arange(len(values)) + 0.5) / len(values),
-                              [f"{value:g}" for value in values.tolist()])
+                         row_labels=[f"$z_{{{dim}}}$, {kl[dim]:.2f} nats" for dim in dims],
+                         column_labels=[f"{value:g}" for value in values.tolist()])
     figure.axes[0].set_xlabel("value of the latent of each row")
     return figure
 
@@ -1458,5 +1460,6 @@ class LatentExplorer(widgets.VBox):
     def _repr_mimebundle_(self, **kwargs) -> dict:
         """With a picture of traversals, which stands in its place where no kernel runs."""
         file = io.BytesIO()
-        plot_traversals(self.model, self._kl, z=self.z, label=self.label).savefig(file, dpi=60)
+        plot_traversals(self.model, self._kl, z=self.z, label=self.label).savefig(
+            file, dpi=60, bbox_inches="tight")
         return {**super()._repr_mimebundle_(**kwargs), "image/png": base64.b64encode(file.getvalue()).decode()}
