@@ -30,6 +30,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -50,7 +51,6 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------------------- settings
 
 ROOT = Path(__file__).resolve().parent
-BUDGETS = ("quick", "standard", "full")
 STYLE = ["tableau-colorblind10", {"figure.dpi": 80, "figure.constrained_layout.use": True, "image.cmap": "gray",
                                   "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": "medium"}]
 
@@ -60,10 +60,10 @@ def budget(quick, standard, full):
 
     Raises ValueError when VAE_BUDGET is none of quick, standard, full.
     """
-    name = os.environ.get("VAE_BUDGET") or "standard"
-    if name not in BUDGETS:
-        raise ValueError(f"VAE_BUDGET is {name!r}; it must be one of {', '.join(BUDGETS)}")
-    return dict(zip(BUDGETS, (quick, standard, full), strict=True))[name]
+    name, values = os.environ.get("VAE_BUDGET") or "standard", {"quick": quick, "standard": standard, "full": full}
+    if name not in values:
+        raise ValueError(f"VAE_BUDGET is {name!r}; it must be one of {', '.join(values)}")
+    return values[name]
 
 
 def device() -> torch.device:
@@ -88,11 +88,9 @@ def output_dir(name: str) -> Path:
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device | str = "cpu"):
+def seeded(seed: int):
     """Random numbers inside the block follow ``seed``; after it they go on, on CPU and CUDA, as if none was drawn."""
-    device = torch.device(device)
-    forked = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=forked):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
 
@@ -102,7 +100,10 @@ def seeded(seed: int, device: torch.device | str = "cpu"):
 
 @dataclass(frozen=True)
 class Split:
-    """Images, uint8 [N, C, H, W], and their labels, int64 [N]. An index or slice gives a smaller Split."""
+    """Images, uint8 [N, C, H, W], and their labels, int64 [N]. An index or slice gives a smaller Split.
+
+    Raises ValueError for other types and shapes.
+    """
 
     images: Tensor
     labels: Tensor
@@ -117,8 +118,8 @@ class Split:
         return len(self.images)
 
     def __getitem__(self, index) -> Split:
-        if isinstance(index, int):
-            index = [index]
+        if isinstance(index, numbers.Integral):
+            index = [int(index)]
         return Split(self.images[index], self.labels[index])
 
     def batch(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -138,6 +139,7 @@ class ImageData:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
         return tuple(self.train.images.shape[1:])
 
     def binarize_test(self, seed: int = 0) -> ImageData:
@@ -176,7 +178,9 @@ def load_data(name: str | Path, root: str | Path | None = None, *, image_size: i
     CIFAR-10 are looked for there (CIFAR-10 also as a folder ``root``/cifar10 of pictures), then downloaded by
     torchvision, then replaced by "digits" and "photos" with a warning. ``ImageData.source`` says which it was.
 
-    Raises ValueError for an unknown name or a folder without readable pictures, RuntimeError for a damaged file.
+    Raises ValueError for an unknown name, a folder without readable pictures or with other classes in train/ than in
+    test/, and image_size or channels out of range; RuntimeError for a damaged file, OSError when the cache cannot be
+    written.
     """
     root = Path(root or os.environ.get("VAE_DATA") or ROOT / "data")
     plain = str(name).lower().replace("-", "")
@@ -206,7 +210,7 @@ def _load_official(name: str, root: Path) -> ImageData:
         socket.setdefaulttimeout(5)
         try:
             dataset(root, download=True)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, HTTPException) as error:
             warnings.warn(f"{title} is not under {root} and could not be downloaded ({' '.join(str(error).split())}). "
                           f"Going on with the stand-in {stand_in!r}. For the real set, connect to the network or put "
                           f"the files of {folder}/ there, and run this again.", stacklevel=3)
@@ -271,7 +275,7 @@ def _load_folder(folder: Path, root: Path, image_size: int, channels: int) -> Im
     if sets[0].classes != sets[-1].classes:
         raise ValueError(f"{folder}: train/ has the classes {sets[0].classes}, test/ has {sets[-1].classes}; "
                          "they must be the same")
-    splits = [_decode(part, root / "cache", image_size, channels) for part in sets]
+    splits = [*map(partial(_decode, cache=root / "cache", image_size=image_size, channels=channels), sets)]
     if split_here:
         tenth = torch.arange(len(splits[0])) % 10 == 0
         if tenth.all():
@@ -313,7 +317,7 @@ def _decode(pictures: datasets.ImageFolder, cache: Path, image_size: int, channe
     labels, unreadable = kept["labels"], kept["unreadable"]
     if unreadable:
         warnings.warn(f"{len(unreadable)} unreadable pictures of {pictures.root} are left out: "
-                      f"{', '.join(unreadable[:10])}{', ...' if len(unreadable) > 10 else ''}", stacklevel=5)
+                      f"{', '.join(unreadable[:10])}{', ...' if len(unreadable) > 10 else ''}", stacklevel=4)
     if not len(labels):
         raise ValueError(f"{pictures.root} holds no readable picture")
     shape = (len(labels), channels, image_size, image_size)
@@ -337,6 +341,12 @@ def _write(path: Path, write: Callable) -> None:
             raise OSError(f"cannot write {path}: {error}. Free some space or choose a folder that can be written to; "
                           "a file that was there before is unharmed.") from error
         raise
+
+
+def _check_whole(least: int, **values) -> None:
+    for name, value in values.items():
+        if not isinstance(value, numbers.Integral) or value < least:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number, at least {least}")
 
 
 def _kind(tensor: Tensor) -> str:
@@ -421,10 +431,10 @@ def log_likelihood(model: nn.Module, x: Tensor, y: Tensor | None = None, num_sam
 
     A lower bound in expectation that rises to log p(x) with ``num_samples`` (Burda et al. 2016, arXiv 1509.00519,
     equation 8). At most ``chunk`` images are decoded at once, which bounds the memory. An ``elbo_terms`` of the
-    model must give log q(z|x) - log p(z) of its sample as kl here. Raises ValueError when num_samples < 1 or y does not fit.
+    model must give log q(z|x) - log p(z) of its sample as kl here. Raises ValueError when num_samples, chunk or the number
+    of images is below 1, or y does not fit.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
+    _check_whole(1, num_samples=num_samples, chunk=chunk, **{"len(x)": len(x)})
     if y is not None and len(y) != len(x):
         raise ValueError(f"y holds {len(y)} labels for {len(x)} images; it must hold one for each")
     here, result = _device_of(model), []
@@ -472,15 +482,12 @@ def bits_per_dim(nats: Tensor | float, num_dims: int) -> Tensor | float:
     volume of one level, 1/256 in each dimension: log P(x) = log p(x) - num_dims log 256, with uniform noise of
     width 1/256 on x (Theis et al. 2016, arXiv 1511.01844, section 3.1). Raises ValueError when num_dims < 1.
     """
-    if num_dims < 1:
-        raise ValueError(f"num_dims is {num_dims}; it must be at least 1")
+    _check_whole(1, num_dims=num_dims)
     return -nats / (num_dims * math.log(2))
 
 
 class _Levels(constraints.Constraint):
     """0, 1/255, ..., 1, up to rounding."""
-
-    is_discrete = True
 
     def check(self, value: Tensor) -> Tensor:
         return ((value * 255).round() / 255 - value).abs().lt(1e-5) & (value >= 0) & (value <= 1)
@@ -650,7 +657,7 @@ class ConvVAE(nn.Module):
     ``blocks``: residual blocks of two convolutions at the smallest size, and as many of one dense layer, in encoder and
     decoder each. ``likelihood``: a name in LIKELIHOODS, or a pair like its values. The log-variance of q(z|x) is kept
     within -14 and 14.
-    Raises ValueError for any other value, and for x, y or z that do not fit.
+    Raises ValueError for values out of range, and for x, y or z that do not fit.
     """
 
     def __init__(self, image_shape: tuple[int, int, int] = (1, 28, 28), latent_dim: int = 32, num_classes: int = 0, *,
@@ -660,12 +667,8 @@ class ConvVAE(nn.Module):
         image_shape = tuple(image_shape)
         if len(image_shape) != 3 or image_shape[0] not in (1, 3) or any(s < 4 or s % 4 for s in image_shape[1:]):
             raise ValueError(f"image_shape is {image_shape}; it must be (1 or 3, H, W) with H and W multiples of 4")
-        if latent_dim < 1:
-            raise ValueError(f"latent_dim is {latent_dim}; it must be at least 1")
-        if blocks < 0:
-            raise ValueError(f"blocks is {blocks}; it must be 0 or more")
-        if num_classes < 0:
-            raise ValueError(f"num_classes is {num_classes}; it must be 0 (no labels) or the number of classes")
+        _check_whole(1, latent_dim=latent_dim, hidden=hidden, **{f"channels[{i}]": n for i, n in enumerate(channels)})
+        _check_whole(0, num_classes=num_classes, blocks=blocks)
         if isinstance(likelihood, str) and likelihood not in LIKELIHOODS:
             raise ValueError(f"likelihood is {likelihood!r}; it must be one of {', '.join(LIKELIHOODS)}")
         self.image_shape, self.latent_dim, self.num_classes = image_shape, latent_dim, num_classes
@@ -730,7 +733,7 @@ class ConvVAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, num_images: int, y: Tensor | None = None) -> Tensor:
-        """Mean images [num_images, C, H, W] of p(x|z) at draws z from the prior, in eval mode."""
+        """Mean images [num_images, C, H, W] of p(x|z) at draws z of N(0, I), in eval mode."""
         z = torch.randn(num_images, self.latent_dim, device=_device_of(self))
         with _eval_mode(self):
             return self.decode(z, y).mean
@@ -748,9 +751,13 @@ WEIGHTS_FORMAT = "vae_helpers weights 1"
 def save_weights(model: ConvVAE, path: str | Path, **info: str | float) -> None:
     """Writes the configuration and the weights of ``model`` as float16, with ``info`` about them, to ``path``.
 
-    ``info``: such as source="MNIST" or the measured numbers. Raises ValueError when a weight has no finite float16,
-    OSError when the file cannot be written.
+    ``info``: such as source="MNIST" or the measured numbers. Raises ValueError when a weight has no finite float16 or
+    ``model`` is not a plain ConvVAE whose likelihood is a name, OSError when the file cannot be written.
     """
+    named = isinstance(model.config["likelihood"], str)
+    if not named or model.state_dict().keys() != ConvVAE(**model.config).state_dict().keys():
+        raise ValueError("model has a likelihood or weights of its own; only a plain ConvVAE, its likelihood a name in "
+                         "LIKELIHOODS, can be stored: save its state_dict() with torch.save")
     state = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
     for name, value in state.items():
         if not value.isfinite().all():
@@ -774,8 +781,8 @@ def _read(path: Path, file_format: str, kind: str, writer: str) -> dict:
     try:
         kept = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} is no whole {kind} ({type(error).__name__}). Delete it to have it made "
-                         "anew, or give another path.") from error
+        raise ValueError(f"{path} is no whole {kind} ({type(error).__name__}). Give another path, or "
+                         "delete the file to have it made anew.") from error
     if not isinstance(kept, dict) or kept.get("format") != file_format:
         raise ValueError(f"{path} was not written by {writer}. Give another path.")
     return kept
@@ -791,7 +798,7 @@ def check_labels(y: Tensor, count: int, num_classes: int) -> None:
 
 def _device_of(model: nn.Module) -> torch.device:
     parameter = next(model.parameters(), None)
-    return device() if parameter is None else parameter.device
+    return torch.device("cpu") if parameter is None else parameter.device
 
 
 @contextmanager
@@ -808,7 +815,7 @@ def _eval_mode(model: nn.Module):
 
 
 def negative_elbo(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """The default loss of ``fit``: kl - recon, nats [B], and both terms. Only a conditional model is given labels."""
+    """The default loss of ``fit``: kl - recon, nats [B], and both terms. A model whose num_classes is 0 gets no labels."""
     recon, kl = elbo(model, x, None if getattr(model, "num_classes", None) == 0 else y)
     return {"loss": kl - recon, "recon": recon, "kl": kl}
 
@@ -830,13 +837,16 @@ class History:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split, *, loss: Callable = negative_elbo, seed: int = 0) -> dict[str, float]:
-    """Mean of each of the loss's values over ``split``, in eval mode and float32; posterior samples follow ``seed``."""
+    """Mean of each of the loss's values over ``split``, in eval mode and float32; posterior samples follow ``seed``.
+
+    Raises ValueError when the loss does not give one value for each image.
+    """
     here, sums = _device_of(model), {}
-    with _eval_mode(model), seeded(seed, here):
+    with _eval_mode(model), seeded(seed):
         for start in range(0, len(split), 1000):
             part = split[start:start + 1000]
             for name, value in _named(loss(model, *part.batch(here)), len(part)).items():
-                sums[name] = sums.get(name, 0.0) + float(value.sum(dtype=torch.float64))
+                sums[name] = sums.get(name, 0.0) + float(value.cpu().sum(dtype=torch.float64))
     return {name: total / len(split) for name, total in sums.items()}
 
 
@@ -865,18 +875,17 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
     ``on_epoch(model, epoch)``: called with 0 before the first epoch and after each; a Tensor it returns is kept.
 
     ``checkpoint``: a file written after every epoch. A finished run of the same configuration is loaded from it at
-    once; a stopped one goes on and ends with the weights, bit for bit, of one never stopped; a run of other arguments,
-    data or architecture is refused. The initial weights are those of the first call. The stop button
+    once; a stopped one goes on and ends with the weights, bit for bit, of one never stopped; a run of other arguments
+    (but for on_epoch), data or architecture is refused. The initial weights are those of the first call. The stop button
     (KeyboardInterrupt) ends training early and keeps the model and the History so far: it has fewer than ``epochs``
     ``seconds`` then. Equal ``seed`` and initial weights give equal weights on the CPU of one machine.
 
-    Raises ValueError before any work for arguments, data or a checkpoint that do not fit, FloatingPointError when a
-    batch or the loss holds NaN or infinity, OSError when the checkpoint cannot be written.
+    Raises ValueError before any work for arguments, data or a checkpoint that do not fit, FloatingPointError when the
+    loss is NaN or infinite, TypeError when on_epoch returns neither Tensor nor None, OSError when the checkpoint cannot
+    be written.
     """
-    for name, value, least in (("epochs", epochs, 0), ("batch_size", batch_size, 1), ("seed", seed, 0),
-                               ("len(data.train)", len(data.train), 1), ("len(data.test)", len(data.test), 1)):
-        if not isinstance(value, numbers.Integral) or value < least:
-            raise ValueError(f"{name} is {value!r}; it must be a whole number, at least {least}")
+    _check_whole(0, epochs=epochs, seed=seed)
+    _check_whole(1, batch_size=batch_size, **{"len(data.train)": len(data.train), "len(data.test)": len(data.test)})
     checkpoint = None if checkpoint is None else Path(checkpoint)
     if checkpoint is not None and checkpoint.is_dir():
         raise ValueError(f"checkpoint is the folder {checkpoint}; it must be a file")
@@ -885,18 +894,20 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
     if getattr(model, "num_classes", 0):
         for part in (data.train, data.test):
             check_labels(part.labels, len(part), model.num_classes)
+    epochs, batch_size, seed, lr = int(epochs), int(batch_size), int(seed), float(lr)  # of NumPy, a checkpoint takes none
     here = device()
     model.to(here)
     bfloat16 = _fast_bfloat16(here) if bfloat16 is None else bfloat16
     batches = math.ceil(len(data.train) / batch_size)
-    with seeded(seed, here), torch.no_grad():  # what does not fit fails here, not after an epoch
+    with seeded(seed), torch.no_grad():  # what does not fit fails here, not after an epoch
         trial = copy.deepcopy(model).train()
         x, y = data.train[:len(data.train) // batches].batch(here)  # the smallest batch
         _named(loss(trial, x if transform is None else transform(x), y), len(x))
         evaluate(trial, data.test[:2], loss=loss)
     opt = optimizer(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=max(1, epochs * batches), cycle_momentum=False)
-    config = {"model": str(model), "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed,
+    shapes = (f"{name} {list(value.shape)}" for name, value in model.state_dict().items())
+    config = {"model": "\n".join([str(model), *shapes]), "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed,
               "data": f"{data.name} ({data.source}), {_describe_split(data.train)} and {_describe_split(data.test)}",
               "bfloat16": bfloat16, "optimizer": _describe(optimizer), "loss": _describe(loss),
               "transform": _describe(transform)}
@@ -912,7 +923,7 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
     def end_epoch(epoch: int) -> None:
         kept = on_epoch(model, epoch) if on_epoch else None
         if isinstance(kept, Tensor):
-            history.kept[epoch] = kept.detach().cpu()
+            history.kept[epoch] = kept.detach().to("cpu", copy=True)
         elif kept is not None:
             raise TypeError(f"on_epoch returned a {type(kept).__name__}; it must return a Tensor or None")
         if checkpoint is not None:
@@ -923,7 +934,7 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
     bar = tqdm(total=epochs * batches, initial=max(done, 0) * batches, file=_progress_file(), leave=False, ncols=100,
                mininterval=0.5, disable=not progress)
     try:
-        with seeded(seed, here), _unvalidated(), bar:
+        with seeded(seed), _unvalidated(), bar:
             if done < 0:
                 end_epoch(0)
                 done = 0
@@ -968,18 +979,22 @@ def _fast_bfloat16(here: torch.device) -> bool:
 
 def _describe(function: Callable | None) -> str:
     """The name of a function with a checksum of its code, defaults and closure, which tells two of one name apart."""
-    name = getattr(function, "__qualname__", None) or repr(function)
+    without_addresses = partial(re.sub, r" at 0x[0-9a-f]+", "")
+    if isinstance(function, partial):
+        return f"{_describe(function.func)} with {without_addresses(repr((function.args, function.keywords)))}"
+    name = without_addresses(getattr(function, "__qualname__", None) or repr(function))
     if code := getattr(function, "__code__", None):
-        constants = [sorted(value, key=repr) if isinstance(value, frozenset) else value  # in no order of its own
-                     for value in code.co_consts if not hasattr(value, "co_code")]
         closure = [cell.cell_contents for cell in function.__closure__ or ()]
-        parts = repr((code.co_code, code.co_names, constants, function.__defaults__, closure))
-        name += f" [{zlib.crc32(_without_addresses(parts).encode()):08x}]"
-    return _without_addresses(name)
+        parts = repr((_parts(code, function.__doc__), function.__defaults__, function.__kwdefaults__, closure))
+        name += f" [{zlib.crc32(without_addresses(parts).encode()):08x}]"
+    return name
 
 
-def _without_addresses(text: str) -> str:
-    return re.sub(r" at 0x[0-9a-f]+", "", text)
+def _parts(code, doc: str | None = None) -> tuple:
+    """What ``code`` does, in the same order in every process, without its documentation."""
+    constants = [_parts(value) if hasattr(value, "co_code") else sorted(value, key=repr) if isinstance(value, frozenset)
+                 else value for value in code.co_consts if value != doc]
+    return code.co_code, code.co_names, constants
 
 
 def _describe_split(split: Split) -> str:
@@ -1036,9 +1051,6 @@ class _LiveLine:
     def write(self, text: str) -> None:
         self.handle.update({"text/plain": text.strip()}, raw=True)
 
-    def flush(self) -> None:
-        pass
-
 
 def _progress_file():
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
@@ -1086,7 +1098,10 @@ def show_images(images: Tensor, *, columns: int = 10, labels: list[str] | None =
 
 
 def plot_history(history: History, title: str = "", ylabel: str = "nats per image") -> plt.Figure:
-    """Figure with a panel for each of the loss's values: training batches by update, ``data.test`` by epoch."""
+    """Figure with a panel for each of the loss's values: training batches by update, ``data.test`` by epoch.
+
+    Raises ValueError for a history without an epoch.
+    """
     names = {"loss": "-ELBO" if "kl" in history.train else "loss", "kl": "KL(q(z|x) || p(z))",
              "recon": "reconstruction log-likelihood"}
     panels = len(history.train)
@@ -1109,7 +1124,10 @@ COLOURS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",  # told apart 
 
 
 def plot_latents(points: Tensor, labels: Tensor, classes: tuple[str, ...], title: str = "") -> plt.Figure:
-    """Figure with ``points`` [N, 2] in a plane, coloured by ``labels`` [N], with the names of ``classes`` in a legend."""
+    """Figure with ``points`` [N, 2] in a plane, coloured by ``labels`` [N], with the names of ``classes`` in a legend.
+
+    Raises ValueError for other shapes.
+    """
     points, labels = torch.as_tensor(points), torch.as_tensor(labels)
     if points.ndim != 2 or points.shape[1] != 2 or len(points) != len(labels):
         raise ValueError(f"points are {_kind(points)} for {len(labels)} labels; they must be [{len(labels)}, 2]")
@@ -1152,7 +1170,7 @@ def encode_all(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
     with _eval_mode(model):
         for start in range(0, len(split), 1000):
             x, y = split[start:start + 1000].batch(_device_of(model))
-            q_z = model.encode(x, y if getattr(model, "num_classes", 0) else None)
+            q_z = model.encode(x, None if getattr(model, "num_classes", None) == 0 else y)
             if len(q_z.event_shape) != 1:
                 raise ValueError(f"q(z|x) has event shape {list(q_z.event_shape)}; it must be [latent_dim]")
             parts.append((q_z.mean.cpu(), q_z.stddev.cpu()))
@@ -1161,12 +1179,11 @@ def encode_all(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
 
 
 def kl_per_dim(model: nn.Module, split: Split) -> Tensor:
-    """KL(q(z_i|x) || N(0, 1)) of each latent i, averaged over the images of ``split``: nats [latent_dim], on the CPU."""
-    return _kl_per_dim(*encode_all(model, split))
+    """KL(q(z_i|x) || N(0, 1)) of each latent i, averaged over the images of ``split``: nats [latent_dim], on the CPU.
 
-
-def _kl_per_dim(mean: Tensor, stddev: Tensor) -> Tensor:
-    return gaussian_kl(mean.unsqueeze(-1), 2 * stddev.log().unsqueeze(-1)).mean(0)
+    Raises ValueError as encode_all does.
+    """
+    return kl_divergence(Normal(*encode_all(model, split)), Normal(0.0, 1.0)).mean(0)
 
 
 @torch.no_grad()
@@ -1239,8 +1256,7 @@ class LatentExplorer(widgets.VBox):
 
     def __init__(self, model: nn.Module, data: ImageData, *, num_sliders: int = 8, seed: int = 0,
                  folder: str | Path | None = None):
-        if not isinstance(num_sliders, numbers.Integral) or num_sliders < 1:
-            raise ValueError(f"num_sliders is {num_sliders!r}; it must be a whole number, at least 1")
+        _check_whole(1, num_sliders=num_sliders)
         num_classes = getattr(model, "num_classes", 0)
         if num_classes > len(data.classes):
             raise ValueError(f"the model takes labels 0 to {num_classes - 1}, but data has {len(data.classes)} classes")
@@ -1250,7 +1266,7 @@ class LatentExplorer(widgets.VBox):
         self.model, self.data, self.folder, self.kept = model, data, folder, {}
         self._rng, self._moving, self._dtype = np.random.default_rng(seed), False, means.dtype
         means = means.double()  # as a slider's value: what it sends comes back unrounded
-        self._z, self._kl = torch.zeros_like(means[0]), _kl_per_dim(means, stddevs)
+        self._z, self._kl = torch.zeros_like(means[0]), kl_divergence(Normal(means, stddevs), Normal(0.0, 1.0)).mean(0)
         self._order = self._kl.argsort(descending=True).tolist()
         self._draw_map(means, part.labels)
         self._build(num_sliders, num_classes)
@@ -1357,9 +1373,8 @@ class LatentExplorer(widgets.VBox):
         self.reconstruction.value = _png(self._shown, self.SIDE // 2)
 
     def _sample(self) -> None:
-        here = _device_of(self.model)
-        with seeded(int(self._rng.integers(2**31)), here):
-            self._move(_prior(self.model, self.z.to(here)).sample().flatten())
+        with seeded(int(self._rng.integers(2**31))):
+            self._move(_prior(self.model, self.z.to(_device_of(self.model))).sample().flatten())
 
     def _keep(self, name: str) -> None:
         self.kept = dict(sorted({**self.kept, name: self._z}.items()))

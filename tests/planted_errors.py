@@ -94,10 +94,10 @@ ERRORS = {  # what should notice -> what is wrong, the right text, the wrong tex
          'temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")',
          "temporary = path"),
         ("evaluate: mean of the means of batches",
-         "float(value.sum(dtype=torch.float64))",
+         "float(value.cpu().sum(dtype=torch.float64))",
          "float(value.mean(dtype=torch.float64)) * 1000"),
         ("evaluate: other samples each time",
-         "    with _eval_mode(model), seeded(seed, here):\n        for start",
+         "    with _eval_mode(model), seeded(seed):\n        for start",
          "    with _eval_mode(model):\n        for start"),
     ],
     "tests/test_levels.py": [

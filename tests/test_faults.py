@@ -84,8 +84,16 @@ class Cut(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_a_download_that_breaks_off(tmp_path, monkeypatch):
-    with http.server.HTTPServer(("127.0.0.1", 0), Cut) as server:
+class Nonsense(Cut):
+    """Answers what is no HTTP at all."""
+
+    def do_GET(self):
+        self.wfile.write(b"sign in first\r\n")
+
+
+@pytest.mark.parametrize("answer", [Cut, Nonsense])
+def test_a_download_that_fails(tmp_path, monkeypatch, answer):
+    with http.server.HTTPServer(("127.0.0.1", 0), answer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(vh.datasets.MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from models import TinyVAE
@@ -24,8 +25,14 @@ def run(model, data, epochs=2, **arguments):
     return vh.fit(model, data, epochs=epochs, transform=torch.bernoulli, progress=False, **arguments)
 
 
+def with_parameter(size):
+    model = fresh()
+    model.own = torch.nn.Parameter(torch.zeros(size))
+    return model
+
+
 def equal(a, b):
-    return all(torch.equal(u, v) for u, v in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(torch.equal(u.cpu(), v.cpu()) for u, v in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize("num_classes", [0, 10])
@@ -133,6 +140,11 @@ def test_a_loss_of_ones_own_and_what_on_epoch_returns_are_kept(few, tmp_path):
         assert history.test["half"][-1] == pytest.approx(history.test["loss"][-1] / 2)
 
 
+def test_a_parameter_that_on_epoch_returns_is_kept_as_it_was(few):
+    history = run(fresh(), few, on_epoch=lambda model, epoch: next(model.parameters()))
+    assert not torch.equal(history.kept[0], history.kept[2])
+
+
 def test_on_epoch_may_only_return_tensors(few, tmp_path):
     with pytest.raises(TypeError, match="on_epoch returned a list; it must return a Tensor or None"):
         run(fresh(), few, checkpoint=tmp_path / "run.pt", on_epoch=lambda model, epoch: [epoch])
@@ -202,7 +214,8 @@ def test_another_configuration_is_refused_and_named(few, digits, tmp_path):
             (fresh(), few, {"optimizer": partial(torch.optim.SGD, momentum=0.9)}, "its optimizer is .*Adam.*SGD"),
             (fresh(), few, {"loss": lambda model, x, y: vh.negative_elbo(model, x, y)}, "its loss is negative_elbo.*lambda"),
             (fresh(), digits, {}, "its data is few .*digits"),
-            (wider, few, {}, "its model is .*latent_dim=4.*latent_dim=5")]:
+            (wider, few, {}, "its model is .*latent_dim=4.*latent_dim=5"),
+            (with_parameter(3), few, {}, r"its model is .*own \[3\]")]:
         with pytest.raises(ValueError, match=message):
             run(model, data, **{"epochs": 2, "checkpoint": path, **changed})
     assert path.read_bytes() == content
@@ -219,6 +232,24 @@ def test_two_losses_of_one_name_are_told_apart(few, tmp_path):
     run(fresh(), few, loss=weighted(1.0), checkpoint=tmp_path / "run.pt")
     with pytest.raises(ValueError, match="its loss is .*weighted"):
         run(fresh(), few, loss=weighted(2.0), checkpoint=tmp_path / "run.pt")
+
+
+def test_a_constant_inside_or_a_default_tells_functions_apart_and_a_docstring_does_not():
+    def described(source):
+        names = {}
+        exec(source, names)
+        return vh._describe(names["f"])
+
+    assert described("def f(x): return [y * 8 for y in x]") != described("def f(x): return [y * 9 for y in x]")
+    assert described("def f(x): return lambda: 8") != described("def f(x): return lambda: 9")
+    assert described("def f(x, *, beta=1): return x") != described("def f(x, *, beta=2): return x")
+    assert vh._describe(partial(vh.elbo, y=1)) != vh._describe(partial(vh.elbo, y=2))
+    assert described("def f(x):\n    'one'\n    return x") == described("def f(x):\n    'two'\n    return x")
+
+
+def test_numbers_of_numpy_can_be_resumed(few, tmp_path):
+    for epochs in (np.int64(1), 1):
+        run(fresh(), few, epochs=epochs, lr=np.float64(1e-3), seed=np.int32(2), checkpoint=tmp_path / "run.pt")
 
 
 def test_a_function_has_one_description_in_every_process():

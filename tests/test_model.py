@@ -53,9 +53,12 @@ def test_a_new_residual_block_hands_its_input_on():
     ({"image_shape": (2, 28, 28)}, r"image_shape is \(2, 28, 28\)"),
     ({"image_shape": (1, 30, 28)}, "multiples of 4"),
     ({"image_shape": (28, 28)}, "image_shape is"),
-    ({"latent_dim": 0}, "latent_dim is 0; it must be at least 1"),
+    ({"latent_dim": 0}, "latent_dim is 0; it must be a whole number, at least 1"),
     ({"num_classes": -1}, "num_classes is -1"),
     ({"blocks": -1}, "blocks is -1"),
+    ({"hidden": 0}, "hidden is 0"),
+    ({"channels": (16, 0)}, r"channels\[1\] is 0"),
+    ({"latent_dim": 2.5}, "latent_dim is 2.5"),
     ({"likelihood": "bernouli"}, "likelihood is 'bernouli'; it must be one of bernoulli"),
 ])
 def test_bad_constructor_arguments(arguments, message):
@@ -90,3 +93,14 @@ def test_labels_for_a_model_without_and_a_code_of_another_size():
         vh.ConvVAE().encode(torch.rand(2, 1, 28, 28), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=r"z has shape \[2, 31\]; this model takes \[B, 32\]"):
         vh.ConvVAE().decode(torch.randn(2, 31))
+
+
+def test_pictures_are_made_in_eval_mode_and_the_mode_comes_back():
+    torch.manual_seed(0)
+    model, x = vh.ConvVAE(channels=(4, 8), hidden=16, latent_dim=4).train(), torch.rand(3, 1, 28, 28)
+    together = model.reconstruct(x)
+    assert model.training and torch.allclose(together[:1], model.reconstruct(x[:1]), atol=1e-5)
+    with vh.seeded(1):
+        drawn = model.sample(3)
+    with vh.seeded(1):
+        assert torch.equal(drawn, model.eval().sample(3))

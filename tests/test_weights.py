@@ -70,3 +70,12 @@ def test_a_weight_that_16_bits_cannot_hold_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match="down.0.weight holds a weight beyond the range of float16"):
         vh.save_weights(model, tmp_path / "w.pt")
     assert not (tmp_path / "w.pt").exists()
+
+
+def test_a_model_that_the_file_could_not_describe_is_refused(tmp_path):
+    tracked = vh.ConvVAE()
+    tracked.register_buffer("updates", torch.zeros(()))
+    for model in (tracked, vh.ConvVAE(likelihood=vh.LIKELIHOODS["bernoulli"])):
+        with pytest.raises(ValueError, match="only a plain ConvVAE"):
+            vh.save_weights(model, tmp_path / "w.pt")
+    assert not (tmp_path / "w.pt").exists()
