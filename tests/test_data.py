@@ -51,6 +51,10 @@ def test_digits():
     data = vh.load_data("digits")
     check(data, (1, 28, 28), 10)
     assert len(data.train) + len(data.test) == 1797
+    x, y = data.train[:5].batch()
+    assert torch.equal(x * 255, data.train.images[:5].float()) and torch.equal(y, data.train.labels[:5])
+    middle = [data.train.images[data.train.labels == digit][..., 13:15, 13:15].float().mean() for digit in (0, 1)]
+    assert middle[0] < 0.2 * middle[1], "a zero is empty where a one has ink"
     ink = data.train.images.float()[:, 0]
     grid = torch.arange(28.0)
     centre = (ink.sum(1) * grid).sum(1) / ink.sum((1, 2))
@@ -80,7 +84,7 @@ def test_cifar10_from_a_folder_counts_as_cifar10():
     assert (len(data.train), len(data.test), data.name, data.source) == (50_000, 10_000, "cifar10", "CIFAR-10, JPEG copy")
     start = time.perf_counter()
     vh.load_data("cifar10")
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 5, "decoded again"
 
 
 def test_root_goes_before_the_environment(tmp_path, offline):

@@ -86,6 +86,17 @@ def test_fit_leaves_the_random_state_and_the_mode_of_distributions(few):
         torch.distributions.Normal(torch.tensor(math.nan), 1.0)
 
 
+def test_it_trains_in_train_mode_and_measures_in_eval_mode(few):
+    modes = []
+
+    def loss(model, x, y):
+        modes.append(model.training)
+        return vh.negative_elbo(model, x, y)
+
+    run(fresh().eval(), few, epochs=1, batch_size=100, loss=loss)
+    assert modes == [True, False, True, True, True, False], "first the check before training, then three batches"
+
+
 def test_every_image_is_used_once_an_epoch(few):
     seen = []
 
