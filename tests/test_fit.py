@@ -86,6 +86,17 @@ def test_fit_leaves_the_random_state_and_the_mode_of_distributions(few):
         torch.distributions.Normal(torch.tensor(math.nan), 1.0)
 
 
+def test_every_epoch_has_an_order_of_its_own(few):
+    seen = []
+
+    def keep(x):
+        seen.append(float(x.sum()))
+        return torch.bernoulli(x)
+
+    vh.fit(fresh(), few, epochs=2, batch_size=100, transform=keep, progress=False)
+    assert len(seen) == 7 and seen[1:4] != seen[4:], "the check before training, then two epochs of three batches"
+
+
 def test_it_trains_in_train_mode_and_measures_in_eval_mode(few):
     modes = []
 

@@ -104,3 +104,22 @@ def test_pictures_are_made_in_eval_mode_and_the_mode_comes_back():
         drawn = model.sample(3)
     with vh.seeded(1):
         assert torch.equal(drawn, model.eval().sample(3))
+
+
+def test_the_second_half_of_the_encoders_output_is_the_log_variance():
+    model = vh.ConvVAE(channels=(4, 8), hidden=16, latent_dim=3).eval()
+    mean, log_var = torch.tensor([1.0, 0.0, -2.0]), torch.tensor([0.0, -3.0, 1.5])
+    with torch.no_grad():
+        model.to_q[-1].weight.zero_()
+        model.to_q[-1].bias.copy_(torch.cat([mean, log_var]))
+        q_z = model.encode(torch.rand(2, 1, 28, 28))
+    assert torch.allclose(q_z.mean, mean.expand(2, 3)) and torch.allclose(q_z.variance, log_var.exp().expand(2, 3))
+
+
+def test_samples_come_from_the_prior(monkeypatch):
+    model, seen = vh.ConvVAE(channels=(4, 8), hidden=16, latent_dim=4), []
+    decode = model.decode
+    monkeypatch.setattr(model, "decode", lambda z, y=None: (seen.append(z), decode(z, y))[1])
+    with vh.seeded(0):
+        model.sample(1000)
+    assert seen[0].shape == (1000, 4) and abs(seen[0].mean()) < 0.1 and abs(seen[0].std() - 1) < 0.1
