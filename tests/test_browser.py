@@ -132,7 +132,7 @@ def until(condition, seconds=10, explain=lambda: ""):
     return result
 
 
-def run_all(page, lab, name, seconds=120):
+def run_all(page, lab, name, seconds=300):
     """Opens a notebook, runs all cells from the menu, saves it, and finds every cell run and none with an error."""
     url, root = lab
     page.goto(url.format(name.split(".")[0], name))  # a workspace of its own: no tab of another test is restored
@@ -327,7 +327,7 @@ def test_512_latents_open_and_unfold(page):
     wide.scroll_into_view_if_needed()
     assert wide.locator(".noUi-handle:visible").count() == 8 + 1
     wide.get_by_text("504 more").click()
-    wide.locator("select").first.select_option(label="489 to 512")
+    wide.locator("select").first.select_option(index=20)  # 489 to 512
     wide.get_by_text("z[").nth(8).wait_for()
     assert wide.locator(".noUi-handle:visible").count() > 20
 
@@ -337,7 +337,8 @@ def test_closed_while_it_plays(panel, page, kernel):
         reply = kernel.execute(code, reply=True, timeout=20)
         assert reply["content"]["status"] == "ok", reply["content"]
 
-    run("explorer.buttons['reset'].click(); explorer.walk.value = 0")
+    run("[explorer.buttons[name].click() for name in ('keep A', 'prior sample', 'keep B', 'reset')]")
+    run("explorer.walk.value = 0")
     panel.locator(".widget-play button").first.click()
     changed(panel, "image", settled(panel, "test"))
     run("explorer.close()")
