@@ -754,10 +754,12 @@ def save_weights(model: ConvVAE, path: str | Path, **info: str | float) -> None:
     ``info``: such as source="MNIST" or the measured numbers. Raises ValueError when a weight has no finite float16 or
     ``model`` is not a plain ConvVAE whose likelihood is a name, OSError when the file cannot be written.
     """
-    named = isinstance(model.config["likelihood"], str)
-    if not named or model.state_dict().keys() != ConvVAE(**model.config).state_dict().keys():
-        raise ValueError("model has a likelihood or weights of its own; only a plain ConvVAE, its likelihood a name in "
-                         "LIKELIHOODS, can be stored: save its state_dict() with torch.save")
+    with torch.device("meta"):  # neither memory nor random numbers
+        plain = ConvVAE(**model.config)
+    if (type(model) is not ConvVAE or not isinstance(model.config["likelihood"], str)
+            or model.state_dict().keys() != plain.state_dict().keys()):
+        raise ValueError("model has a class, likelihood or weights of its own; only a plain ConvVAE, its likelihood a name "
+                         "in LIKELIHOODS, can be stored: save its state_dict() with torch.save")
     state = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
     for name, value in state.items():
         if not value.isfinite().all():
@@ -796,6 +798,10 @@ def check_labels(y: Tensor, count: int, num_classes: int) -> None:
         raise ValueError(f"y holds labels {int(y.min())} to {int(y.max())}; this model takes 0 to {num_classes - 1}")
 
 
+def _labels_for(model: nn.Module, y: Tensor) -> Tensor | None:
+    return None if getattr(model, "num_classes", None) == 0 else y
+
+
 def _device_of(model: nn.Module) -> torch.device:
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
@@ -816,7 +822,7 @@ def _eval_mode(model: nn.Module):
 
 def negative_elbo(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """The default loss of ``fit``: kl - recon, nats [B], and both terms. A model whose num_classes is 0 gets no labels."""
-    recon, kl = elbo(model, x, None if getattr(model, "num_classes", None) == 0 else y)
+    recon, kl = elbo(model, x, _labels_for(model, y))
     return {"loss": kl - recon, "recon": recon, "kl": kl}
 
 
@@ -1170,7 +1176,7 @@ def encode_all(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
     with _eval_mode(model):
         for start in range(0, len(split), 1000):
             x, y = split[start:start + 1000].batch(_device_of(model))
-            q_z = model.encode(x, None if getattr(model, "num_classes", None) == 0 else y)
+            q_z = model.encode(x, _labels_for(model, y))
             if len(q_z.event_shape) != 1:
                 raise ValueError(f"q(z|x) has event shape {list(q_z.event_shape)}; it must be [latent_dim]")
             parts.append((q_z.mean.cpu(), q_z.stddev.cpu()))
@@ -1183,7 +1189,11 @@ def kl_per_dim(model: nn.Module, split: Split) -> Tensor:
 
     Raises ValueError as encode_all does.
     """
-    return kl_divergence(Normal(*encode_all(model, split)), Normal(0.0, 1.0)).mean(0)
+    return _kl_per_dim(*encode_all(model, split))
+
+
+def _kl_per_dim(mean: Tensor, stddev: Tensor) -> Tensor:
+    return kl_divergence(Normal(mean, stddev), Normal(0.0, 1.0)).mean(0)
 
 
 @torch.no_grad()
@@ -1266,7 +1276,7 @@ class LatentExplorer(widgets.VBox):
         self.model, self.data, self.folder, self.kept = model, data, folder, {}
         self._rng, self._moving, self._dtype = np.random.default_rng(seed), False, means.dtype
         means = means.double()  # as a slider's value: what it sends comes back unrounded
-        self._z, self._kl = torch.zeros_like(means[0]), kl_divergence(Normal(means, stddevs), Normal(0.0, 1.0)).mean(0)
+        self._z, self._kl = torch.zeros_like(means[0]), _kl_per_dim(means, stddevs)
         self._order = self._kl.argsort(descending=True).tolist()
         self._draw_map(means, part.labels)
         self._build(num_sliders, num_classes)

@@ -84,7 +84,7 @@ def test_cifar10_from_a_folder_counts_as_cifar10():
     assert (len(data.train), len(data.test), data.name, data.source) == (50_000, 10_000, "cifar10", "CIFAR-10, JPEG copy")
     start = time.perf_counter()
     vh.load_data("cifar10")
-    assert time.perf_counter() - start < 5, "decoded again"
+    assert time.perf_counter() - start < 2, "decoded again"
 
 
 def test_root_goes_before_the_environment(tmp_path, offline):
@@ -148,7 +148,7 @@ def test_cifar10_in_the_official_format(official_cifar10):
     assert np.array_equal(data.train.images[23].flatten(), pixels), "red, green and blue planes in this order"
     model = vh.ConvVAE(data.image_shape, 4, channels=(4, 8), hidden=16, likelihood="linked")
     history = vh.fit(model, data, epochs=1, batch_size=25, progress=False)
-    assert np.isfinite(history.test["loss"][0]) and data.classes[9] == "truck"
+    assert 0 < history.test["loss"][0] < np.inf and data.classes[9] == "truck"
 
 
 def test_a_damaged_cifar10_batch_is_named(official_cifar10):

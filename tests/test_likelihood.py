@@ -26,6 +26,16 @@ def test_gaussian_kl_equals_torch_distributions():
     torch.testing.assert_close(vh.gaussian_kl(mean, log_var), kl_divergence(q_z, p_z), rtol=1e-10, atol=1e-10)
 
 
+def test_gaussian_kl_equals_the_mean_of_samples():
+    torch.manual_seed(0)
+    mean, log_var = torch.tensor([[1.0, -2.0, 0.5]]).double(), torch.tensor([[0.3, -1.0, 0.0]]).double()
+    q_z, p_z = Normal(mean, (log_var / 2).exp()), Normal(0.0, 1.0)
+    z = q_z.sample((200_000,))
+    draws = (q_z.log_prob(z) - p_z.log_prob(z)).sum(-1)
+    error = draws.std() / math.sqrt(len(draws))
+    assert abs(draws.mean() - vh.gaussian_kl(mean, log_var)) < 4 * error
+
+
 def test_elbo_with_the_true_posterior_is_log_p_of_x(x):
     model = LinearGaussian()
     recon, kl = vh.elbo(model, x)

@@ -75,7 +75,14 @@ def test_a_weight_that_16_bits_cannot_hold_is_refused(model, tmp_path):
 def test_a_model_that_the_file_could_not_describe_is_refused(tmp_path):
     tracked = vh.ConvVAE()
     tracked.register_buffer("updates", torch.zeros(()))
-    for model in (tracked, vh.ConvVAE(likelihood=vh.LIKELIHOODS["bernoulli"])):
+    own_class = type("Own", (vh.ConvVAE,), {})()
+    for model in (tracked, own_class, vh.ConvVAE(likelihood=vh.LIKELIHOODS["bernoulli"])):
         with pytest.raises(ValueError, match="only a plain ConvVAE"):
             vh.save_weights(model, tmp_path / "w.pt")
     assert not (tmp_path / "w.pt").exists()
+
+
+def test_saving_leaves_the_random_state(model, tmp_path):
+    before = torch.get_rng_state()
+    vh.save_weights(model, tmp_path / "w.pt")
+    assert torch.equal(before, torch.get_rng_state())
