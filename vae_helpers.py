@@ -32,12 +32,15 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
+from types import SimpleNamespace
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from IPython import get_ipython
+from IPython.display import display
 from PIL import Image, ImageDraw, ImageOps
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
@@ -153,7 +156,7 @@ class ImageData:
         return replace(self, test=Split(bits, self.test.labels))
 
 
-OFFICIAL = {  # name -> title, torchvision's class, its folder, the MD5 of each file there, the stand-in
+_OFFICIAL = {  # name -> title, torchvision's class, its folder, the MD5 of each file there, the stand-in
     "mnist": ("MNIST", datasets.MNIST, "MNIST/raw", {
         "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
         "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
@@ -184,7 +187,7 @@ def load_data(name: str | Path, root: str | Path | None = None, *, image_size: i
     """
     root = Path(root or os.environ.get("VAE_DATA") or ROOT / "data")
     plain = str(name).lower().replace("-", "")
-    if plain in OFFICIAL:
+    if plain in _OFFICIAL:
         return _load_official(plain, root)
     if plain == "digits":
         return _load_digits()
@@ -192,14 +195,14 @@ def load_data(name: str | Path, root: str | Path | None = None, *, image_size: i
         return _load_photos()
     if str(name) and Path(str(name)).is_dir():
         return _load_folder(Path(name).resolve(), root, image_size, channels)
-    known = [*OFFICIAL, "digits", "photos"]
+    known = [*_OFFICIAL, "digits", "photos"]
     near = difflib.get_close_matches(plain, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"the data sets are {', '.join(known)}"
     raise ValueError(f"name is {str(name)!r}, but there is neither such a data set nor such a folder; {hint}")
 
 
 def _load_official(name: str, root: Path) -> ImageData:
-    title, dataset, folder, checksums, stand_in = OFFICIAL[name]
+    title, dataset, folder, checksums, stand_in = _OFFICIAL[name]
     files = {root / folder / file: md5 for file, md5 in checksums.items()}
     if not all(file.is_file() for file in files):
         if name == "cifar10" and (root / name).is_dir():
@@ -728,7 +731,7 @@ class ConvVAE(nn.Module):
             raise ValueError("y was given to a model without labels; leave it out or build the model with num_classes")
         if y is None:
             raise ValueError(f"y is missing: this model is conditional on labels 0 to {self.num_classes - 1}")
-        check_labels(y, len(features), self.num_classes)
+        _check_labels(y, len(features), self.num_classes)
         return torch.cat([features, F.one_hot(y, self.num_classes).to(features.dtype)], dim=1)
 
     @torch.no_grad()
@@ -745,7 +748,7 @@ class ConvVAE(nn.Module):
             return self.decode(self.encode(x, y).mean, y).mean
 
 
-WEIGHTS_FORMAT = "vae_helpers weights 1"
+_WEIGHTS_FORMAT = "vae_helpers weights 1"
 
 
 def save_weights(model: ConvVAE, path: str | Path, **info: str | float) -> None:
@@ -765,7 +768,7 @@ def save_weights(model: ConvVAE, path: str | Path, **info: str | float) -> None:
         if not value.isfinite().all():
             raise ValueError(f"{name} holds a weight beyond the range of float16, or NaN")
     _write(Path(path), partial(torch.save, {
-        "format": WEIGHTS_FORMAT, "config": model.config, "state": state, "info": info}))
+        "format": _WEIGHTS_FORMAT, "config": model.config, "state": state, "info": info}))
 
 
 def load_weights(path: str | Path) -> tuple[ConvVAE, dict]:
@@ -773,7 +776,7 @@ def load_weights(path: str | Path) -> tuple[ConvVAE, dict]:
 
     Raises ValueError when ``path`` is not such a file.
     """
-    kept = _read(Path(path), WEIGHTS_FORMAT, "file of weights", "save_weights")
+    kept = _read(Path(path), _WEIGHTS_FORMAT, "file of weights", "save_weights")
     model = ConvVAE(**kept["config"])
     model.load_state_dict(kept["state"])
     return model.eval().to(device()), kept["info"]
@@ -790,7 +793,7 @@ def _read(path: Path, file_format: str, kind: str, writer: str) -> dict:
     return kept
 
 
-def check_labels(y: Tensor, count: int, num_classes: int) -> None:
+def _check_labels(y: Tensor, count: int, num_classes: int) -> None:
     """Raises ValueError unless ``y`` holds ``count`` int64 labels from 0 to num_classes - 1."""
     if y.dtype != torch.int64 or y.shape != (count,):
         raise ValueError(f"y is {_kind(y)}; it must be int64 of shape [{count}]")
@@ -899,7 +902,7 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
         raise ValueError(f"lr is {lr}; it must be a positive number")
     if getattr(model, "num_classes", 0):
         for part in (data.train, data.test):
-            check_labels(part.labels, len(part), model.num_classes)
+            _check_labels(part.labels, len(part), model.num_classes)
     epochs, batch_size, seed, lr = int(epochs), int(batch_size), int(seed), float(lr)  # of NumPy, a checkpoint takes none
     here = device()
     model.to(here)
@@ -934,7 +937,7 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
             raise TypeError(f"on_epoch returned a {type(kept).__name__}; it must return a Tensor or None")
         if checkpoint is not None:
             _write(checkpoint, partial(torch.save, {
-                "format": CHECKPOINT_FORMAT, "config": config, "epoch": epoch, "history": asdict(history),
+                "format": _CHECKPOINT_FORMAT, "config": config, "epoch": epoch, "history": asdict(history),
                 "model": model.state_dict(), "optimizer": opt.state_dict(), "schedule": schedule.state_dict()}))
 
     bar = tqdm(total=epochs * batches, initial=max(done, 0) * batches, file=_progress_file(), leave=False, ncols=100,
@@ -955,7 +958,12 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
                         means = {name: v.mean() for name, v in _named(loss(model, x, y), len(x)).items()}
                     values = dict(zip(means, torch.stack([*means.values()]).tolist(), strict=True))
                     if not math.isfinite(values["loss"]):
-                        raise FloatingPointError(_stopped(values["loss"], x, history, checkpoint))
+                        what = f"the loss is {values['loss']}" if x.isfinite().all() else (
+                            "the batch after transform holds NaN or infinity")
+                        kept = f"the checkpoint {checkpoint} of epoch {done} is whole" if checkpoint else (
+                            "build the model anew, since its weights may be damaged")
+                        raise FloatingPointError(f"{what} at update {schedule.last_epoch + 1}; {kept}. Look at the "
+                                                 "transform and the loss, or lower lr.")
                     opt.zero_grad()
                     means["loss"].backward()
                     opt.step()
@@ -1019,19 +1027,11 @@ def _unvalidated():
         Distribution.set_default_validate_args(before)
 
 
-def _stopped(loss: float, x: Tensor, history: History, checkpoint: str | Path | None) -> str:
-    what = f"the loss is {loss}" if x.isfinite().all() else "the batch after transform holds NaN or infinity"
-    kept = f"the checkpoint {checkpoint} of epoch {len(history.seconds)} is whole" if checkpoint else (
-        "build the model anew, since its weights may be damaged")
-    update = len(history.train.get("loss", [])) + 1
-    return f"{what} at update {update}; {kept}. Look at the transform and the loss, or lower lr."
-
-
-CHECKPOINT_FORMAT = "vae_helpers checkpoint 1"
+_CHECKPOINT_FORMAT = "vae_helpers checkpoint 1"
 
 
 def _load_checkpoint(path: Path, config: dict) -> dict:
-    state = _read(path, CHECKPOINT_FORMAT, "checkpoint", "fit")
+    state = _read(path, _CHECKPOINT_FORMAT, "checkpoint", "fit")
     for name, value in config.items():
         before = state["config"].get(name)
         if before == value:
@@ -1044,23 +1044,12 @@ def _load_checkpoint(path: Path, config: dict) -> dict:
     return state
 
 
-class _LiveLine:
-    """What tqdm writes to in a notebook: one line, rewritten in place and empty at the end, so nothing is stored."""
-
-    encoding = "utf-8"
-
-    def __init__(self):
-        from IPython.display import display
-
-        self.handle = display({"text/plain": ""}, raw=True, display_id=True)
-
-    def write(self, text: str) -> None:
-        self.handle.update({"text/plain": text.strip()}, raw=True)
-
-
 def _progress_file():
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return _LiveLine() if hasattr(shell, "kernel") else sys.stderr
+    """What tqdm writes to: in a notebook one line, rewritten in place and empty at the end, so nothing is stored."""
+    if not hasattr(get_ipython(), "kernel"):
+        return sys.stderr
+    line = display({"text/plain": ""}, raw=True, display_id=True)
+    return SimpleNamespace(encoding="utf-8", write=lambda text: line.update({"text/plain": text.strip()}, raw=True))
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -1189,11 +1178,7 @@ def kl_per_dim(model: nn.Module, split: Split) -> Tensor:
 
     Raises ValueError as encode_all does.
     """
-    return _kl_per_dim(*encode_all(model, split))
-
-
-def _kl_per_dim(mean: Tensor, stddev: Tensor) -> Tensor:
-    return kl_divergence(Normal(mean, stddev), Normal(0.0, 1.0)).mean(0)
+    return kl_divergence(Normal(*encode_all(model, split)), Normal(0.0, 1.0)).mean(0)
 
 
 @torch.no_grad()
@@ -1271,12 +1256,12 @@ class LatentExplorer(widgets.VBox):
         if num_classes > len(data.classes):
             raise ValueError(f"the model takes labels 0 to {num_classes - 1}, but data has {len(data.classes)} classes")
         part = data.test[torch.linspace(0, len(data.test) - 1, min(len(data.test), 2000)).long()]
-        means, stddevs = encode_all(model, part)
+        means, _ = encode_all(model, part)
         super().__init__(_dom_classes=["explorer"])
         self.model, self.data, self.folder, self.kept = model, data, folder, {}
         self._rng, self._moving, self._dtype = np.random.default_rng(seed), False, means.dtype
         means = means.double()  # as a slider's value: what it sends comes back unrounded
-        self._z, self._kl = torch.zeros_like(means[0]), _kl_per_dim(means, stddevs)
+        self._z, self._kl = torch.zeros_like(means[0]), kl_per_dim(model, part)
         self._order = self._kl.argsort(descending=True).tolist()
         self._draw_map(means, part.labels)
         self._build(num_sliders, num_classes)

@@ -153,8 +153,8 @@ ERRORS = {  # what should notice -> what is wrong, the right text, the wrong tex
         ("dequantization: levels spread over two intervals", "noisy = (levels + torch.rand_like(levels)) / 256",
          "noisy = (levels + 2 * torch.rand_like(levels)) / 256"),
         ("beta: the scale is not squared",
-         "beta = gradient(lambda output: Independent(Normal(output, scale), 3), 1 / scale**2)",
-         "beta = gradient(lambda output: Independent(Normal(output, scale), 3), 1 / scale)"),
+         "weighted = gradient(lambda output: Independent(Normal(output, scale), 3), 1 / scale**2)",
+         "weighted = gradient(lambda output: Independent(Normal(output, scale), 3), 1 / scale)"),
     ],
     "notebooks/06_conditional_vae.ipynb": [
         ("mixture over labels: log of their number forgotten",

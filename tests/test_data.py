@@ -107,7 +107,7 @@ def test_without_a_network_the_stand_in_is_used_and_said(offline, name, stand_in
 def test_a_damaged_official_file_is_named(tmp_path, offline):
     folder = tmp_path / "root/MNIST/raw"
     folder.mkdir(parents=True)
-    for name in vh.OFFICIAL["mnist"][3]:
+    for name in vh._OFFICIAL["mnist"][3]:
         (folder / name).write_bytes(gzip.compress(b"no digits"))
     with pytest.raises(RuntimeError, match="train-images-idx3-ubyte is damaged.*Delete it"):
         vh.load_data("mnist", root=tmp_path / "root")
@@ -134,8 +134,8 @@ def official_cifar10(tmp_path, monkeypatch, offline):
     monkeypatch.setattr(vh.datasets.CIFAR10, "train_list", train)
     monkeypatch.setattr(vh.datasets.CIFAR10, "test_list", test)
     monkeypatch.setattr(vh.datasets.CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
-    title, dataset, where, _, stand_in = vh.OFFICIAL["cifar10"]
-    monkeypatch.setitem(vh.OFFICIAL, "cifar10", (title, dataset, where, dict(train + test), stand_in))
+    title, dataset, where, _, stand_in = vh._OFFICIAL["cifar10"]
+    monkeypatch.setitem(vh._OFFICIAL, "cifar10", (title, dataset, where, dict(train + test), stand_in))
     return root
 
 
