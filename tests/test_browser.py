@@ -184,12 +184,6 @@ def handle(panel, number=0):
     return panel.locator(".noUi-handle").nth(number)
 
 
-@pytest.mark.parametrize("name", ["01_autoencoder_basics.ipynb"])
-def test_another_notebook_runs_to_its_end(lab, browser, name):
-    with browser.new_page() as page:
-        run_all(page, lab, name)
-
-
 def test_a_label_in_both_panels_of_notebook_06(lab, browser):
     with browser.new_page(viewport={"width": 1500, "height": 1100}) as page:
         run_all(page, lab, "06_conditional_vae.ipynb")

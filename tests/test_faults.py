@@ -15,6 +15,7 @@ import vae_helpers as vh
 
 TRAIN = """
 import sys, torch
+torch.set_num_threads(1)  # several of these run at once
 sys.path[:0] = [{root!r}, {tests!r}]
 import vae_helpers as vh
 from models import TinyVAE
@@ -104,10 +105,9 @@ def test_a_download_that_fails(tmp_path, monkeypatch, answer):
 
 
 def test_two_runs_at_once_of_one_checkpoint_end_alike_and_leave_it_whole(tmp_path):
-    assert subprocess.run(train_command(tmp_path / "alone.pt", tmp_path / "alone"), capture_output=True).returncode == 0
-    both = [subprocess.Popen(train_command(tmp_path / "run.pt", tmp_path / name), stderr=subprocess.PIPE, text=True)
-            for name in ("first", "second")]
-    for run in both:
+    runs = [subprocess.Popen(train_command(tmp_path / checkpoint, tmp_path / name), stderr=subprocess.PIPE, text=True)
+            for checkpoint, name in (("alone.pt", "alone"), ("run.pt", "first"), ("run.pt", "second"))]
+    for run in runs:
         _, error = run.communicate(timeout=120)
         assert run.returncode == 0, error
     assert subprocess.run(train_command(tmp_path / "run.pt", tmp_path / "again"), capture_output=True).returncode == 0
