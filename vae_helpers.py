@@ -1178,7 +1178,11 @@ def kl_per_dim(model: nn.Module, split: Split) -> Tensor:
 
     Raises ValueError as encode_all does.
     """
-    return kl_divergence(Normal(*encode_all(model, split)), Normal(0.0, 1.0)).mean(0)
+    return _kl_per_dim(*encode_all(model, split))
+
+
+def _kl_per_dim(mean: Tensor, stddev: Tensor) -> Tensor:
+    return kl_divergence(Normal(mean, stddev), Normal(0.0, 1.0)).mean(0)
 
 
 @torch.no_grad()
@@ -1256,12 +1260,12 @@ class LatentExplorer(widgets.VBox):
         if num_classes > len(data.classes):
             raise ValueError(f"the model takes labels 0 to {num_classes - 1}, but data has {len(data.classes)} classes")
         part = data.test[torch.linspace(0, len(data.test) - 1, min(len(data.test), 2000)).long()]
-        means, _ = encode_all(model, part)
+        means, stddevs = encode_all(model, part)
         super().__init__(_dom_classes=["explorer"])
         self.model, self.data, self.folder, self.kept = model, data, folder, {}
         self._rng, self._moving, self._dtype = np.random.default_rng(seed), False, means.dtype
         means = means.double()  # as a slider's value: what it sends comes back unrounded
-        self._z, self._kl = torch.zeros_like(means[0]), kl_per_dim(model, part)
+        self._z, self._kl = torch.zeros_like(means[0]), _kl_per_dim(means, stddevs)
         self._order = self._kl.argsort(descending=True).tolist()
         self._draw_map(means, part.labels)
         self._build(num_sliders, num_classes)
