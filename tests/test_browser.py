@@ -338,9 +338,9 @@ def test_closed_while_it_plays(panel, page, kernel):
     run("explorer.walk.value = 0")
     panel.locator(".widget-play button").first.click()
     changed(panel, "image", settled(panel, "test"))
-    panels = page.locator(".explorer").count()
+    assert page.locator(".explorer").count() == 3
     run("explorer.close()")
-    until(lambda: page.locator(".explorer").count() == panels - 1)
+    until(lambda: page.locator(".explorer").count() == 2)
     time.sleep(1)
     run("assert explorer.walk.value < explorer.FRAMES and explorer.comm is None")
     said = []
