@@ -1,16 +1,10 @@
-"""Sets the short budget and a folder of its own for everything that the tests and the notebooks under test write."""
+"""The settings of a test run, before torch is loaded, and what several files of tests use."""
 
-import os
-import sys
-import tempfile
-from pathlib import Path
+import shutil
+import subprocess
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("VAE_BUDGET", "quick")
-os.environ["VAE_OUT"] = tempfile.mkdtemp(prefix="vae_tests_")
+import settings  # noqa: F401
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +20,20 @@ def few(digits):
     import vae_helpers as vh
 
     return vh.ImageData(digits.train[:300], digits.test[:100], digits.classes, "few", "first digits")
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """A function of mount's options that gives a small file system of its own; skips where this user may not mount one."""
+    folder = tmp_path / "mounted"
+
+    def mount_with(options):
+        folder.mkdir()
+        if shutil.which("mount") is None or subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
+            pytest.skip("needs the right to mount a file system")
+        return folder
+
+    yield mount_with
+    if folder.is_mount():
+        subprocess.run(["umount", "-l", folder], check=True)

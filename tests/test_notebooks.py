@@ -8,11 +8,15 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
+from nbclient import NotebookClient
+from PIL import Image
 
 import vae_helpers as vh
 
 NOTEBOOKS = sorted(path for path in (vh.ROOT / "notebooks").rglob("*.ipynb")
                    if ".ipynb_checkpoints" not in path.parts)  # JupyterLab's own copies
+OWN_PICTURES = ["01", "02"]  # the notebooks that take a folder of any classes, by number
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.name)
@@ -39,8 +43,8 @@ def test_there_are_notebooks_in_order():
 
 
 def test_the_test_command_collects_every_cell_of_every_notebook():
-    out = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q"], cwd=vh.ROOT, capture_output=True,
-                         text=True).stdout
+    out = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q", "-n", "0"], cwd=vh.ROOT,
+                         capture_output=True, text=True).stdout
     for path in NOTEBOOKS:
         cells = len(code_cells(nbformat.read(path, as_version=4)))
         assert out.count(f"notebooks/{path.name}::") == cells > 0, path.name
@@ -73,6 +77,11 @@ def test_it_opens_and_closes_like_the_others(path, notebook, prose):
     assert "<details><summary>Solution" in prose and re.search(r"arXiv \d{4}\.\d{4,5}", prose)
 
 
+def test_the_helper_is_imported_before_torch(notebook):
+    code = "\n".join(cell.source for cell in code_cells(notebook))
+    assert code.index("import vae_helpers as vh") < code.index("import torch"), "it sets how the threads of torch wait"
+
+
 def test_cells_are_short(notebook):
     lines = sorted(len(cell.source.splitlines()) for cell in code_cells(notebook))
     assert lines[len(lines) // 2] <= 8 and lines[-1] <= 30
@@ -100,7 +109,7 @@ def test_every_helper_that_it_names_exists(notebook):
 
 
 def test_the_readme_names_every_notebook_and_its_links_lead_somewhere():
-    text = (vh.ROOT / "README.md").read_text()
+    text = (vh.ROOT / "README.md").read_text(encoding="utf-8")
     for path in NOTEBOOKS:
         assert f"notebooks/{path.name}" in text
     targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
@@ -111,6 +120,31 @@ def test_the_readme_names_every_notebook_and_its_links_lead_somewhere():
 
 
 def test_every_picture_is_written_by_a_notebook_or_a_test():
-    sources = "".join(path.read_text() for path in [*NOTEBOOKS, *Path(vh.ROOT / "tests").glob("*.py")])
+    sources = "".join(path.read_text(encoding="utf-8") for path in [*NOTEBOOKS, *Path(vh.ROOT / "tests").glob("*.py")])
     for picture in (vh.ROOT / "images").glob("*.*"):
         assert picture.name in sources, picture.name
+
+
+@pytest.fixture(scope="module")
+def three_classes(tmp_path_factory):
+    """A reader's own pictures: three classes, of which one is no digit."""
+    folder, data = tmp_path_factory.mktemp("own") / "three classes", vh.load_data("digits")
+    noise = torch.rand(150, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    for name, images in {"one": data.train.images[data.train.labels == 1], "five": data.train.images[data.train.labels == 5],
+                         "noise": noise.mul(255).byte()}.items():
+        (folder / name).mkdir(parents=True)
+        for i, image in enumerate(images[:150]):
+            Image.fromarray(image[0].numpy()).save(folder / name / f"{i:03}.png")
+    return folder
+
+
+@pytest.mark.parametrize("number", OWN_PICTURES)
+def test_a_folder_of_three_classes_takes_the_place_of_mnist(number, three_classes, tmp_path, monkeypatch):
+    (path,) = (vh.ROOT / "notebooks").glob(f"{number}_*.ipynb")
+    notebook, own = nbformat.read(path, as_version=4), f"load_data({str(three_classes)!r}, image_size=28, channels=1)"
+    for cell in code_cells(notebook):
+        cell.source = cell.source.replace('load_data("mnist")', own)
+    assert any(own in cell.source for cell in notebook.cells), 'the notebook loads its pictures by load_data("mnist")'
+    monkeypatch.setenv("VAE_OUT", str(tmp_path))
+    monkeypatch.setenv("VAE_DATA", str(tmp_path))
+    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": path.parent}}).execute()

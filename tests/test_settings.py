@@ -1,10 +1,17 @@
-"""The environment variables and the pictures."""
+"""The environment variables, folders to write to, random numbers and devices; what `import vae_helpers` sets and loads."""
 
-import matplotlib.pyplot as plt
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import vae_helpers as vh  # isort: skip  # first: it sets how torch's threads wait
+
+import nbformat
 import pytest
 import torch
-
-import vae_helpers as vh
 
 
 @pytest.mark.parametrize("name, value", [("quick", 1), ("standard", 2), ("full", 3), ("", 2), (None, 2)])
@@ -15,17 +22,60 @@ def test_budget(monkeypatch, name, value):
 
 def test_an_unknown_budget(monkeypatch):
     monkeypatch.setenv("VAE_BUDGET", "fast")
-    with pytest.raises(ValueError, match="VAE_BUDGET is 'fast'; it must be one of quick, standard, full"):
+    with pytest.raises(ValueError, match="VAE_BUDGET.*fast.*quick, standard, full"):
         vh.budget(1, 2, 3)
 
 
-def test_only_full_writes_the_pictures_of_the_readme(monkeypatch, tmp_path):
+def test_device_is_usable():
+    assert torch.ones(2, device=vh.device()).sum() == 2
+
+
+# folders to write to
+
+
+@pytest.mark.parametrize("name", ["images", "notebooks/weights"])
+def test_only_full_writes_what_is_shipped(monkeypatch, tmp_path, name):
     monkeypatch.setenv("VAE_OUT", str(tmp_path))
-    monkeypatch.setenv("VAE_BUDGET", "standard")
-    assert vh.output_dir("images") == tmp_path / "runs/images"
-    assert vh.output_dir("checkpoints") == tmp_path / "checkpoints"
+    for budget in ("quick", "standard"):
+        monkeypatch.setenv("VAE_BUDGET", budget)
+        assert vh.output_dir(name) == tmp_path / "runs" / name and (tmp_path / "runs" / name).is_dir()
+        assert vh.output_dir("checkpoints") == tmp_path / "checkpoints" and (tmp_path / "checkpoints").is_dir()
+    assert not (tmp_path / name).exists()
     monkeypatch.setenv("VAE_BUDGET", "full")
-    assert vh.output_dir("images") == tmp_path / "images" and (tmp_path / "images").is_dir()
+    assert vh.output_dir(name) == tmp_path / name and (tmp_path / name).is_dir()
+    assert vh.output_dir("checkpoints") == tmp_path / "checkpoints"
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_without_vae_out_output_lies_in_the_project(monkeypatch, tmp_path, value):
+    monkeypatch.delenv("VAE_OUT") if value is None else monkeypatch.setenv("VAE_OUT", value)
+    monkeypatch.setattr(vh, "ROOT", tmp_path / "project")
+    assert vh.output_dir("checkpoints") == tmp_path / "project/checkpoints"
+
+
+def test_home_is_expanded(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.setenv("VAE_OUT", "~/out")
+    assert vh.output_dir("checkpoints") == tmp_path / "home/out/checkpoints"
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_folder_that_cannot_be_made(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("VAE_OUT", str(tmp_path / "file"))
+    with pytest.raises(OSError, match="file.checkpoints.*VAE_OUT"):
+        vh.output_dir("checkpoints")
+
+
+def test_a_read_only_tree(monkeypatch, mount):
+    monkeypatch.setenv("VAE_OUT", str(mount("size=64k,ro")))
+    with pytest.raises(OSError, match="mounted.*checkpoints.*VAE_OUT"):
+        vh.output_dir("checkpoints")
+
+
+# random numbers
 
 
 def test_seeded_leaves_the_random_state():
@@ -35,63 +85,109 @@ def test_seeded_leaves_the_random_state():
         inside = torch.rand(3)
     with vh.seeded(1):
         assert torch.equal(inside, torch.rand(3))
+    with vh.seeded(2):
+        assert not torch.equal(inside, torch.rand(3))
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_device_is_usable():
-    assert torch.ones(2, device=vh.device()).sum() == 2
+def test_seeded_leaves_the_random_state_after_an_error():
+    before = torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt), vh.seeded(1):
+        torch.rand(3)
+        raise KeyboardInterrupt
+    assert torch.equal(before, torch.get_rng_state())
 
 
-def test_show_images_draws_every_image_and_label():
-    images = torch.rand(7, 3, 8, 8)
-    figure = vh.show_images(images, columns=3, labels=list("abcdefg"), row_labels=["1", "2", "3"], title="seven")
-    axes = figure.axes[0]
-    shown = axes.images[0].get_array()
-    assert shown.shape[:2] == (3 * (8 + 2 + 2) - 2, 3 * 10 - 2)
-    torch.testing.assert_close(torch.as_tensor(shown[12:20, 10:18]).permute(2, 0, 1), images[4])
-    assert [text.get_text() for text in axes.texts] == list("abcdefg")
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2", "3"]
-    assert axes.get_title() == "seven"
-    with pytest.raises(ValueError, match=r"images are .*\[0, 3, 8, 8\]"):
-        vh.show_images(images[:0])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_seeded_holds_on_cuda():
+    before = torch.cuda.get_rng_state()
+    with vh.seeded(1):
+        inside = torch.rand(3, device="cuda")
+    with vh.seeded(1):
+        assert torch.equal(inside, torch.rand(3, device="cuda"))
+    assert torch.equal(before, torch.cuda.get_rng_state())
 
 
-def test_plot_history_has_a_panel_for_each_term_and_opens_no_window(few):
-    from models import TinyVAE
+# import vae_helpers
 
-    history = vh.fit(TinyVAE(), few, epochs=2, transform=torch.bernoulli, progress=False)
-    figure = vh.plot_history(history, "digits")
-    assert [axes.get_title() for axes in figure.axes] == ["-ELBO", "reconstruction log-likelihood", "KL(q(z|x) || p(z))"]
-    assert all(axes.get_xlabel() == "updates" and axes.get_ylabel() == "nats per image" for axes in figure.axes)
-    assert list(figure.axes[0].lines[1].get_xdata()) == [3, 6]
-    assert not plt.get_fignums()
+IMPORTS = """
+import json, os, sys, types
 
 
-def test_plot_latents_colours_each_class_and_names_it():
-    points, labels = torch.randn(30, 2), torch.arange(30) % 3
-    figure = vh.plot_latents(points, labels, ("a", "b", "c"), "plane")
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["a", "b", "c"]
-    drawn = [len(group.get_offsets()) for group in figure.axes[0].collections]
-    assert drawn == [10, 10, 10] and not plt.get_fignums()
-    with pytest.raises(ValueError, match=r"shape \[30, 3\] for 30 labels; they must be \[30, 2\]"):
-        vh.plot_latents(torch.randn(30, 3), labels, ("a", "b", "c"))
+class Stop(BaseException):
+    pass
 
 
-def test_plot_manifold_runs_to_the_right_and_upwards():
-    class Corner(torch.nn.Module):
-        """One pixel on: its column follows z_1, its row z_2, so that the picture shows the axes of the grid."""
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise Stop
 
-        latent_dim = 2
 
-        def decode(self, z, y=None):
-            images = torch.zeros(len(z), 1, 4, 4)
-            images[:, 0, 0, 0], images[:, 0, 0, 1] = torch.sigmoid(z).T
-            return torch.distributions.Independent(torch.distributions.Normal(images, 1.0), 3)
+def policy_when_torch_is_loaded(before):
+    os.environ.pop("OMP_WAIT_POLICY", None)
+    os.environ.update(before)
+    try:
+        import vae_helpers
+    except Stop:
+        return os.environ.get("OMP_WAIT_POLICY")
 
-    figure = vh.plot_manifold(Corner(), 3)
-    shown = figure.axes[0].images[0].get_array()[:, :, 0]
-    first, second = shown[::6, ::6], shown[::6, 1::6]
-    assert (first[:, 0] < first[:, 2]).all() and (second[2] < second[0]).all()
-    assert not plt.get_fignums()
-    with pytest.raises(ValueError, match="latent_dim is 32; a manifold is drawn of a model of 2 latents"):
-        vh.plot_manifold(vh.ConvVAE(channels=(4, 8), hidden=16))
+
+sys.meta_path.insert(0, Watch())
+seen = [policy_when_torch_is_loaded({}), policy_when_torch_is_loaded({"OMP_WAIT_POLICY": "ACTIVE"})]
+sys.modules["torch"] = types.ModuleType("torch")
+sys.modules["torch"].__path__ = []  # a package, whose parts the import asks for next
+seen.append(policy_when_torch_is_loaded({}))
+sys.version_info = (3, 9, 18, "final", 0)
+try:
+    import vae_helpers
+except ImportError as error:
+    seen.append(str(error))
+print(json.dumps(seen))
+"""
+
+
+def test_what_import_does_before_torch_is_loaded():
+    """The import is stopped where it asks for torch; the third time torch is there, then Python is an old one."""
+    out = subprocess.run([sys.executable, "-c", IMPORTS], cwd=vh.ROOT, capture_output=True, text=True, check=True).stdout
+    alone, set_by_the_reader, after_torch, on_old_python = json.loads(out)
+    assert (alone, set_by_the_reader, after_torch) == ("PASSIVE", "ACTIVE", None)
+    assert "Python 3.10" in on_old_python
+
+
+def test_an_older_python_can_read_the_file_as_far_as_its_message():
+    ast.parse((vh.ROOT / "vae_helpers.py").read_text(encoding="utf-8"), feature_version=(3, 9))
+
+
+def test_import_loads_no_widgets():
+    code = "import sys, vae_helpers; print([name for name in sys.modules if name.startswith(('ipywidgets', 'explorer'))])"
+    out = subprocess.run([sys.executable, "-O", "-c", code], cwd=vh.ROOT, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+
+
+# the settings of a test run
+
+CELL = """
+import json, os, pathlib
+seen = {name: os.environ.get(name) for name in ("VAE_BUDGET", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "VAE_OUT")}
+seen["made"] = os.path.isdir(os.environ["VAE_OUT"])
+pathlib.Path("../seen.json").write_text(json.dumps(seen))
+"""
+
+
+def test_a_notebook_alone_runs_under_the_settings_of_the_whole_run(tmp_path):
+    """In a worker of pytest-xdist, which has a folder of its own; that of the process that started it is gone as well."""
+    for name in ("pyproject.toml", "tests/settings.py", "notebooks/conftest.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(vh.ROOT / name, tmp_path / name)
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)])
+    nbformat.write(notebook, tmp_path / "notebooks/one.ipynb")
+    ours = ("VAE_BUDGET", "VAE_OUT", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+    env = {name: value for name, value in os.environ.items() if name not in ours} | {"TMPDIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", "1", "notebooks/one.ipynb"], cwd=tmp_path, env=env,
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    out = seen.pop("VAE_OUT")
+    assert seen == {"VAE_BUDGET": "quick", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "made": True}
+    assert out.startswith(f"{tmp_path}{os.sep}") and not list(tmp_path.glob("vae_tests_*"))

@@ -1,6 +1,6 @@
 """Runs every notebook in the budget of VAE_BUDGET and prints, for each, the minutes it took and its peak memory.
 
-    .venv/bin/python tests/time_notebooks.py [notebooks/03*.ipynb ...]
+    .venv/bin/python tests/tools/time_notebooks.py [notebooks/03*.ipynb ...]
 
 Runs in a folder of its own, without checkpoints of earlier runs, one notebook after the other. Needs Linux or macOS.
 """
@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> None:

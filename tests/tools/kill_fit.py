@@ -1,6 +1,6 @@
 """Kills ``fit`` at random moments, resumes it, and compares the final weights with those of a run never killed.
 
-``python tests/kill_fit.py [kills]`` prints a table; exit status 1 when any weight differs.
+``python tests/tools/kill_fit.py [kills]`` prints a table; exit status 1 when any weight differs.
 """
 
 import os
@@ -11,12 +11,12 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
+import vae_helpers as vh  # isort: skip  # before torch
 import torch
 from models import TinyVAE
-
-import vae_helpers as vh
 
 
 def train(data: vh.ImageData, checkpoint: Path, weights: Path) -> None:

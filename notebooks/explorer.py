@@ -1,0 +1,150 @@
+"""The widgets of the notebooks: ``from explorer import LatentExplorer``."""
+
+import html
+import io
+import random
+from pathlib import Path
+
+import ipywidgets as widgets
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchvision.utils import save_image
+
+import vae_helpers as vh
+
+
+class LatentExplorer(widgets.VBox):
+    """Panel that moves z by hand and shows the mean image of p(x|z), for any model whose q(z|x) is over vectors.
+
+    Sliders for the ``num_sliders`` latents of largest KL, on at most 1,000 images of ``data.test``; a map of the plane of
+    largest variance of their codes, z in the ring. ``seed``: of the draws. ``folder``: where "save" writes, by default
+    explorer/ in output_dir("images"). A program reads and sets ``z`` [latent_dim], exact where a slider rounds or clips, and
+    ``label``, an index or a name. Raises ValueError for what does not fit; what fails at a widget is written below them."""
+
+    def __init__(self, model: torch.nn.Module, data: vh.ImageData, *, num_sliders: int = 8, seed: int = 0,
+                 folder: str | Path | None = None):
+        if num_sliders not in range(1, 1000):
+            raise ValueError(f"num_sliders is {num_sliders!r}; it must be a whole number from 1 to 999")
+        part = data.test[torch.linspace(0, len(data.test) - 1, min(len(data.test), 1000)).long()]
+        means, kl = vh.encode_all(model, part)[0], vh.kl_per_dim(model, part)
+        super().__init__(_dom_classes=["explorer"])
+        self.model, self.data, self.folder, self._random = model, data, folder, random.Random(seed)
+        self._z, self._moving, self.kept = means[0], False, {"A": means[0], "B": torch.zeros_like(means[0])}
+        self._draw_map(means.double(), part.labels)
+        wide = {"layout": {"width": "320px"}, "style": {"description_width": "110px"}}
+        self.sliders = {dim: widgets.FloatSlider(description=f"z[{dim}], {kl[dim]:.2f} nats", min=-4, max=4, step=1 / 16,
+                                                 **wide) for dim in kl.argsort(descending=True)[:int(num_sliders)].tolist()}
+        self.labels = widgets.Dropdown(description="label", options=data.classes[:getattr(model, "num_classes", 0)], **wide)
+        self.index = widgets.BoundedIntText(description="test image", max=len(data.test) - 1, layout={"width": "180px"})
+        self.play, self.walk = widgets.Play(interval=50), widgets.IntSlider(description="A to B", readout=False)
+        widgets.link((self.play, "value"), (self.walk, "value"))  # both from 0 to 100
+        self.observe(lambda change: self.play.set_trait("playing", False), "comm")  # when the panel is closed
+        for widget, action in [(self.labels, lambda: self._move(self._z)), (self.walk, self._step), *(
+                (slider, lambda dim=dim: self._move(self._z.index_fill(0, torch.tensor(dim), self.sliders[dim].value)))
+                for dim, slider in self.sliders.items())]:
+            widget.observe(lambda change, action=action: self._moving or self._act(action), "value")
+        actions = {"encode": lambda: self.encode(self.index.value),
+                   "random image": lambda: self.encode(self._random.randrange(len(data.test))),
+                   "prior sample": self._sample, "reset": lambda: self._move(torch.zeros_like(self._z)), "save": self._save,
+                   "keep A": lambda: self.kept.update(A=self._z), "keep B": lambda: self.kept.update(B=self._z)}
+        self.buttons = {name: widgets.Button(description=name, layout={"width": "auto"}) for name in actions}
+        for name, button in self.buttons.items():
+            button.on_click(lambda button, action=actions[name]: self._act(action))
+        self.image, self.pair, self.map = (widgets.Image(width=width) for width in (280, 140, 280))
+        self.status, sharp = widgets.HTML(), widgets.HTML("<style>.explorer img {image-rendering: pixelated}</style>")
+        columns = [[*[self.labels][:len(self.labels.options)], *self.sliders.values()],
+                   [self.image, widgets.Label("mean of p(x|z)")], [self.pair, widgets.Label("test, reconstruction")],
+                   [self.map, widgets.Label("map of the test images")]]
+        self.children = [widgets.HBox(row, layout={"flex_flow": "row wrap", "grid_gap": "4px"}) for row in (
+            [*map(widgets.VBox, columns)], [self.index, *self.buttons.values(), self.play, self.walk], [self.status, sharp])]
+        self.encode(0)
+
+    def _draw_map(self, means: Tensor, labels: Tensor) -> None:
+        flat = torch.eye(2)[:means.shape[1]].to(means)  # one or two latents are shown as they are
+        plane = flat if means.shape[1] < 3 else torch.linalg.eigh(means.T.cov(correction=0)).eigenvectors[:, -2:]
+        self._plane = 0.95 * plane / (means @ plane).abs().amax(0).clamp(min=2.5)  # on the map from -1 to 1
+        points = means @ self._plane
+        names = sorted((float(points[labels == label, 1].median()), label) for label in labels.unique().tolist())
+        slots = torch.linspace(-1, 1, len(names)) * min(0.9, 0.1 * len(names))
+        with plt.style.context(vh.STYLE, after_reset=True):  # not in the reader's style
+            axes = Figure((3.5, 3.5), layout="none").add_axes((0, 0, 1, 1), xlim=(-1, 1), ylim=(-1, 1), xticks=[], yticks=[])
+            for (middle, label), slot in zip(names, slots, strict=True):  # names move half way to slots: none hides another
+                mine, colour = points[labels == label], vh.COLOURS[label % len(vh.COLOURS)]
+                axes.scatter(*mine.T, s=8, color=colour, alpha=0.6, linewidths=0)
+                axes.text(mine[:, 0].median(), (middle + slot) / 2, self.data.classes[label], ha="center", va="center",
+                          fontsize=7.5, parse_math=False, bbox={"fc": "white", "ec": colour, "boxstyle": "round,pad=0.15"})
+            axes.figure.savefig(file := io.BytesIO(), format="png")
+        self._map = torch.tensor(plt.imread(io.BytesIO(file.getvalue())))[..., :3].permute(2, 0, 1)
+
+    def encode(self, index: int) -> None:
+        """Goes to the mean of q(z|x) of the test image ``index``, shown beside its reconstruction, and to its label."""
+        if index not in range(len(self.data.test)):
+            raise ValueError(f"index is {index!r}; it must be a whole number from 0 to {len(self.data.test) - 1}")
+        part = self.data.test[int(index)]
+        self._move(vh.encode_all(self.model, part)[0][0], int(part.labels[0]) if self.labels.options else None)
+        self.index.value, self.pair.value = int(index), self._png(torch.cat([part.batch()[0][0], self._shown], 1))
+
+    def _sample(self) -> None:
+        with vh.seeded(self._random.randrange(2**31)), torch.no_grad():
+            own = getattr(self.model, "prior", None)
+            self._move(own.sample((1,)).flatten() if own is not None else torch.randn_like(self._z))
+
+    def _save(self) -> None:
+        folder = Path(self.folder or vh.output_dir("images") / "explorer").expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        path = next(path for i in range(1, 10**6) if not (path := folder / f"{i:03}.png").exists())
+        path.write_bytes(self.image.value)
+        torch.save({"z": self._z, "label": self.label}, path.with_suffix(".pt"))
+        self.status.value = html.escape(f"saved {path} and its z, {path.stem}.pt")
+
+    def _step(self) -> None:  # an arc around 0 keeps the length of draws of N(0, I) (White 2016, arXiv 1609.04468)
+        a, b, t = self.kept["A"], self.kept["B"], self.walk.value / 100
+        angle = torch.cosine_similarity(a, b, dim=0).clamp(-1, 1).acos()
+        arc = (((1 - t) * angle).sin() * a + (t * angle).sin() * b) / angle.sin()
+        self._move(arc if angle.sin() > 1e-3 else torch.lerp(a, b, t))
+
+    def _act(self, action) -> None:
+        """Answers a widget at once: meanwhile the page holds back all but its newest value, so no stale frames queue up."""
+        try:
+            self.status.value = ""
+            action()
+        except Exception as error:  # a traceback would go to a log that nobody has open
+            self.status.value = html.escape(f"{type(error).__name__}: {error}")
+
+    def _move(self, z: Tensor, label: int | str | None = None) -> None:
+        """Goes to ``z`` and ``label``: decodes once, and takes every picture and slider there."""
+        z, names = torch.as_tensor(z).detach().to(self._z, copy=True), self.labels.options
+        if z.shape != self._z.shape or not z.isfinite().all():
+            raise ValueError(f"z has shape {list(z.shape)}; it must be [{len(self._z)}] and finite")
+        if label not in (None, *names, *range(len(names))):
+            raise ValueError(f"label is {label!r}; it must be an index or a name of {names}")
+        label = self.label if label is None else names.index(label) if label in names else int(label)
+        self._shown = vh.mean_images(self.model, z[None], label)[0]
+        self._z, self._moving = z, True
+        self.image.value, self.labels.index = self._png(self._shown), label
+        (x, y), places = (z.double() @ self._plane).clamp(-0.95, 0.95), torch.linspace(-1, 1, self._map.shape[-1])
+        off_the_ring = (torch.hypot(places - x, places[:, None] + y) - 0.06).abs()
+        self.map.value = self._png(self._map * (140 * off_the_ring - 1).clamp(0, 1))  # black on it
+        for dim, slider in self.sliders.items():  # on a binary grid: other values the page rounds and sends back
+            slider.value = round(16 * float(z[dim].clamp(-4, 4))) / 16
+        self._moving = False
+
+    z = property(lambda self: self._z.clone(), _move)
+    label = property(lambda self: self.labels.index, lambda self, label: self._move(self._z, label))
+
+    def _repr_png_(self) -> bytes:
+        """Traversals of the sliders' latents: they stand in the panel's place where no kernel runs."""
+        points, values = self._z.repeat(len(self.sliders), 7, 1), range(-3, 4)
+        points[range(len(points)), :, list(self.sliders)] = torch.tensor(values).to(points)
+        images = vh.mean_images(self.model, points.flatten(0, 1), self.label)
+        with plt.style.context(vh.STYLE, after_reset=True):
+            figure = vh.show_images(images, columns=7, column_labels=[*map(str, values)], title="value of the latent",
+                                    row_labels=[slider.description for slider in self.sliders.values()])
+            figure.savefig(file := io.BytesIO(), format="png")
+        return file.getvalue()
+
+    def _png(self, image: Tensor) -> bytes:
+        save_image(image, file := io.BytesIO(), format="png")
+        return file.getvalue()
