@@ -88,7 +88,7 @@ def test_cells_are_short(notebook):
 
 
 def test_links_lead_somewhere_and_pictures_have_a_text(path, prose):
-    for text, target in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", prose):
+    for text, target in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", re.sub(r"(?s)```.*?```", "", prose)):
         assert text, f"a link or picture without a text: {target}"
         if not target.startswith(("http", "#")):
             assert (path.parent / target.split("#")[0]).exists(), target

@@ -161,7 +161,7 @@ def test_an_older_python_can_read_the_file_as_far_as_its_message():
 
 def test_import_loads_no_widgets():
     code = "import sys, vae_helpers; print([name for name in sys.modules if name.startswith(('ipywidgets', 'explorer'))])"
-    out = subprocess.run([sys.executable, "-O", "-c", code], cwd=vh.ROOT, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([sys.executable, "-c", code], cwd=vh.ROOT, capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
 
 
