@@ -259,7 +259,7 @@ def _load_official(name: str, root: Path) -> ImageData:
     title, dataset, folder, checksums = _OFFICIAL[name]
     if not all((root / folder / file).is_file() for file in checksums):
         if name == "cifar10" and (root / name).is_dir():
-            lossy = any(path.suffix.lower() in (".jpg", ".jpeg") for path in (root / name).glob("train/*/*"))
+            lossy = any(path.suffix.lower() in (".jpg", ".jpeg") for path in (root / name).rglob("*"))
             return replace(_load_folder(root / name, root, 32, 3, stacklevel=4), name=name,
                            source="CIFAR-10, JPEG copy" if lossy else "CIFAR-10, as pictures")
         timeout = socket.getdefaulttimeout()
