@@ -17,7 +17,6 @@ NOT_YET = {  # their outputs are older than the checksum; a name leaves when its
     "04_latent_space.ipynb",
     "05_cifar10.ipynb",
     "06_conditional_vae.ipynb",
-    "07_five_tips.ipynb",
 }
 
 
