@@ -18,7 +18,6 @@ if "torch" not in sys.modules:  # threads of torch that wait must not spin: on a
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import atexit
-import difflib
 import dis
 import hashlib
 import inspect
@@ -30,15 +29,13 @@ import tempfile
 import time
 import types
 import warnings
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum, EnumMeta
-from functools import cached_property, partial
+from functools import partial
 from http.client import HTTPException
-from itertools import zip_longest
 from pathlib import Path
 from unittest.mock import patch
 
@@ -141,17 +138,6 @@ def _check_whole(least: int, **values) -> None:
             raise ValueError(f"{name} is {value!r}; it must be a whole number, at least {least}")
 
 
-def _as_tensor(name: str, values) -> Tensor:
-    try:
-        return torch.as_tensor(values.copy() if isinstance(values, np.ndarray) and not values.flags.forc else values)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} are no numbers of one type: {error}") from error
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{tensor.dtype} of shape {list(tensor.shape)}"
-
-
 # ----------------------------------------------------------------------------------------------------------------- data
 
 
@@ -164,11 +150,15 @@ class Split:
     labels: Tensor
 
     def __post_init__(self):
-        images, labels = (_as_tensor(name, getattr(self, name)) for name in ("images", "labels"))
+        try:
+            images, labels = (torch.as_tensor(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else part)
+                              for part in (self.images, self.labels))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"images and labels must be numbers of one type each: {error}") from error
         if images.dtype != torch.uint8 or images.ndim != 4:
-            raise ValueError(f"images are {_kind(images)}; they must be uint8 levels [N, C, H, W]")
+            raise ValueError(f"images are {images.dtype} {list(images.shape)}; they must be uint8 levels [N, C, H, W]")
         if labels.is_floating_point() or labels.is_complex() or labels.shape != images.shape[:1]:
-            raise ValueError(f"labels are {_kind(labels)}; they must be whole numbers [{len(images)}]")
+            raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}; they must be whole numbers [{len(images)}]")
         object.__setattr__(self, "images", images)
         object.__setattr__(self, "labels", labels.long())
 
@@ -208,16 +198,6 @@ class ImageData:
         return replace(self, test=Split(bits, self.test.labels))
 
 
-_OFFICIAL = {  # name -> title, torchvision's class, its folder, the MD5 of each file there
-    "mnist": ("MNIST", datasets.MNIST, "MNIST/raw", {
-        "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-        "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-        "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-        "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}),
-    "cifar10": ("CIFAR-10", datasets.CIFAR10, "cifar-10-batches-py",
-                dict(datasets.CIFAR10.train_list + datasets.CIFAR10.test_list))}
-
-
 def load_data(name: str | Path, root: str | Path | None = None, *, image_size: int | None = None,
               channels: int | None = None) -> ImageData:
     """Reads a whole data set as uint8.
@@ -230,8 +210,7 @@ def load_data(name: str | Path, root: str | Path | None = None, *, image_size: i
 
     ``root``: where data sets lie; else the environment variable VAE_DATA, else data/ beside this file. MNIST and CIFAR-10
     are looked for there (CIFAR-10 also as a folder ``root``/cifar10 of pictures), then downloaded by torchvision, then
-    replaced, with a warning, by 12,000 digits of MNIST (notebooks/data) or by "photos".
-    ``ImageData.source`` says which it was.
+    replaced, with a warning, by 12,000 digits of MNIST (notebooks/data) or by "photos"; ``ImageData.source`` says which.
 
     Raises ValueError for an unknown name, a folder without readable pictures or with other classes in train/ than in
     test/, image_size or channels that do not fit; RuntimeError for a damaged file, OSError when the cache cannot be written.
@@ -239,28 +218,32 @@ def load_data(name: str | Path, root: str | Path | None = None, *, image_size: i
     root = Path(root or os.environ.get("VAE_DATA") or ROOT / "data").expanduser().resolve()
     plain, folder = str(name).lower().replace("-", ""), Path(str(name)).expanduser()
     shapes = {"mnist": (1, 28), "cifar10": (3, 32), "digits": (1, 28), "photos": (3, 32)}
-    known = plain in shapes and not isinstance(name, os.PathLike)
+    known, asked = plain in shapes and not isinstance(name, os.PathLike), (channels, image_size)
     if str(name) and folder.is_dir():
         if known:
             warnings.warn(f"{name!r} is taken for the folder {folder.resolve()}, not for the data set", stacklevel=2)
-        return _load_folder(folder.resolve(), root, *(own if given is None else given for given, own in (
-            (image_size, 32), (channels, 3))))
+        channels, image_size = (own if size is None else size for size, own in zip(asked, (3, 32), strict=True))
+        return _load_folder(folder.resolve(), root, channels, image_size)
     if not known:
-        near = difflib.get_close_matches(plain, shapes, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the data sets are {', '.join(shapes)}"
-        raise ValueError(f"name is {str(name)!r}, but there is neither such a data set nor such a folder; {hint}")
-    for argument, given, own in zip(("channels", "image_size"), (channels, image_size), shapes[plain], strict=True):
-        if given not in (None, own):
-            raise ValueError(f"{argument} is {given}, but {plain!r} has {own}; only folders of pictures are changed")
-    return {"digits": _load_digits, "photos": _load_photos}.get(plain, partial(_load_official, plain, root))()
+        raise ValueError(f"name is {str(name)!r}; it must be one of {', '.join(shapes)}, or a folder that exists")
+    if any(size not in (None, own) for size, own in zip(asked, shapes[plain], strict=True)):
+        raise ValueError(f"channels and image_size are {asked}, but {plain!r} has {shapes[plain]}; only folders are changed")
+    return _load_official(plain, root) if plain in ("mnist", "cifar10") else _load_packaged(plain)
 
 
 def _load_official(name: str, root: Path) -> ImageData:
-    title, dataset, folder, checksums = _OFFICIAL[name]
+    title, dataset, folder, checksums = {
+        "mnist": ("MNIST", datasets.MNIST, "MNIST/raw", {  # torchvision knows the MD5 of the compressed files only
+            "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+            "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+            "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+            "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}),
+        "cifar10": ("CIFAR-10", datasets.CIFAR10, "cifar-10-batches-py",
+                    dict(datasets.CIFAR10.train_list + datasets.CIFAR10.test_list))}[name]
     if not all((root / folder / file).is_file() for file in checksums):
         if name == "cifar10" and (root / name).is_dir():
             lossy = any(path.suffix.lower() in (".jpg", ".jpeg") for path in (root / name).rglob("*"))
-            return replace(_load_folder(root / name, root, 32, 3, stacklevel=4), name=name,
+            return replace(_load_folder(root / name, root, 3, 32, stacklevel=4), name=name,
                            source="CIFAR-10, JPEG copy" if lossy else "CIFAR-10, as pictures")
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(5)
@@ -272,7 +255,7 @@ def _load_official(name: str, root: Path) -> ImageData:
         except (OSError, RuntimeError, HTTPException) as error:
             with suppress(OSError):
                 root.rmdir()
-            data = _load_embedded() if name == "mnist" else _load_photos()
+            data = _load_packaged("mnist" if name == "mnist" else "photos")
             warnings.warn(f"{title} is not under {root} and could not be had ({' '.join(str(error).split())}). Going "
                           f"on with {data.source}. For all of it connect to the network, or put {folder}/ there.",
                           stacklevel=3)
@@ -282,41 +265,35 @@ def _load_official(name: str, root: Path) -> ImageData:
     for file, md5 in checksums.items():
         if not check_integrity(root / folder / file, md5):
             raise RuntimeError(f"{root / folder / file} is damaged: its MD5 is not {md5}. Delete it and run this again.")
-    sets = [dataset(root, train=train) for train in (True, False)]
-    images = [torch.as_tensor(part.data) for part in sets]
-    images = [i.permute(0, 3, 1, 2).contiguous() if i.ndim == 4 else i.unsqueeze(1) for i in images]
-    splits = [Split(part_images, part.targets) for part_images, part in zip(images, sets, strict=True)]
-    return ImageData(*splits, tuple(sets[0].classes), name, title)
+    halves = [dataset(root, train=train) for train in (True, False)]
+    images = [torch.as_tensor(half.data) for half in halves]  # [N, H, W] or [N, H, W, C]
+    splits = [Split(x.view(*x.shape[:3], -1).permute(0, 3, 1, 2).contiguous(), half.targets)
+              for x, half in zip(images, halves, strict=True)]
+    return ImageData(*splits, tuple(halves[0].classes), name, title)
 
 
-def _load_embedded() -> ImageData:
-    with np.load(ROOT / "notebooks/data/mnist_12k.npz") as file:
-        splits = [Split(file[f"{half}_images"][:, None], file[f"{half}_labels"]) for half in ("train", "test")]
-    return ImageData(*splits, tuple(datasets.MNIST.classes), "mnist", "MNIST, 12,000 digits")
-
-
-def _load_digits() -> ImageData:
-    """8x8 digits enlarged to 20x20 in the middle of 28x28, the size that digits of MNIST have."""
-    bunch = load_digits()
-    ink = v2.functional.resize(torch.as_tensor(bunch.images).unsqueeze(1) / 16, [20, 20], antialias=True).clamp(0, 1)
-    everything = Split(F.pad(ink.mul(255).round().to(torch.uint8), (4, 4, 4, 4)), bunch.target)
-    train, test = train_test_split(np.arange(len(ink)), test_size=297, stratify=bunch.target, random_state=0)
-    return ImageData(everything[train], everything[test], tuple("0123456789"), "digits", "scikit-learn digits")
-
-
-def _load_photos() -> ImageData:
-    """Overlapping 32x32 patches; the rightmost fifth of each photograph is only for testing."""
-    sample, splits = load_sample_images(), []
-    for columns, step in ((slice(0, 512), 8), (slice(512, None), 16)):
-        parts = [torch.as_tensor(photo[:, columns].copy()) for photo in sample.images]
-        patches = [part.unfold(0, 32, step).unfold(1, 32, step).flatten(0, 1) for part in parts]
-        labels = torch.repeat_interleave(torch.arange(len(patches)), torch.tensor([len(p) for p in patches]))
-        splits.append(Split(torch.cat(patches).contiguous(), labels))
-    return ImageData(*splits, tuple(Path(name).stem for name in sample.filenames), "photos",
+def _load_packaged(name: str) -> ImageData:
+    """What travels with the notebooks or with scikit-learn: "mnist" (12,000 of its digits), "digits", "photos"."""
+    if name == "mnist":
+        with np.load(ROOT / "notebooks/data/mnist_12k.npz") as file:
+            splits = [Split(file[f"{half}_images"][:, None], file[f"{half}_labels"]) for half in ("train", "test")]
+        return ImageData(*splits, tuple(datasets.MNIST.classes), name, "MNIST, 12,000 digits")
+    if name == "digits":  # 8x8, enlarged to 20x20 in the middle of 28x28, the size that digits of MNIST have
+        bunch = load_digits()
+        ink = v2.functional.resize(torch.as_tensor(bunch.images).unsqueeze(1) / 16, [20, 20], antialias=True).clamp(0, 1)
+        everything = Split(F.pad(ink.mul(255).round().to(torch.uint8), (4, 4, 4, 4)), bunch.target)
+        halves = train_test_split(np.arange(len(ink)), test_size=297, stratify=bunch.target, random_state=0)
+        return ImageData(*(everything[half] for half in halves), tuple("0123456789"), name, "scikit-learn digits")
+    photos, splits = load_sample_images(), []
+    for columns, step in ((slice(0, 512), 8), (slice(512, None), 16)):  # the rightmost fifth is only for testing
+        parts = [torch.as_tensor(photo[:, columns].copy()) for photo in photos.images]
+        patches = torch.stack([part.unfold(0, 32, step).unfold(1, 32, step).flatten(0, 1) for part in parts])
+        splits.append(Split(patches.flatten(0, 1), torch.arange(2).repeat_interleave(patches.shape[1])))
+    return ImageData(*splits, tuple(Path(path).stem for path in photos.filenames), name,
                      "patches of scikit-learn's two photographs")
 
 
-def _load_folder(folder: Path, root: Path, image_size: int, channels: int, stacklevel: int = 3) -> ImageData:
+def _load_folder(folder: Path, root: Path, channels: int, image_size: int, stacklevel: int = 3) -> ImageData:
     if channels not in (1, 3):
         raise ValueError(f"channels is {channels}; it must be 1 (grey) or 3 (colour)")
     if not isinstance(image_size, numbers.Integral) or image_size < 4 or image_size % 4:
@@ -324,83 +301,70 @@ def _load_folder(folder: Path, root: Path, image_size: int, channels: int, stack
     parts = {part.name.lower(): part for part in folder.iterdir() if part.is_dir()}
     halves = {half: parts[half] for half in ("train", "test")} if {"train", "test"} <= parts.keys() else {None: folder}
     found = {half: _pictures(part) for half, part in halves.items()}
-    (classes, *others) = map(list, found.values())
-    if not classes or others not in ([], [classes]):
+    classes = [*map(list, found.values())]
+    if not classes[0] or classes[0] != classes[-1]:
         raise ValueError(f"{folder} must hold pictures as <class>/*.png (or .jpg, ...), or so under train/ and test/, with "
-                         f"the same classes in both; its classes are {classes}{' and '.join(['', *map(str, others)])}")
-    pictures = [(path, classes.index(name), half) for half, part in found.items() for name in part for path in part[name]]
+                         f"the same classes in both; its classes are {' and '.join(map(str, classes))}")
+    pictures = [(path, classes[0].index(name), half) for half, of in found.items() for name in of for path in of[name]]
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else path for path, _, _ in pictures]
     key = hashlib.sha256(repr((stats, image_size, channels, "halves")).encode()).hexdigest()[:16]
-    cache, kept = root / "cache" / f"{key}.pt", None
-    with suppress(Exception):  # not there, or damaged: made anew from the pictures
-        kept = _read_cache(cache, image_size, channels)
-    if kept is None:
-        _decode_all(pictures, cache, image_size, channels)
+    cache = root / "cache" / f"{key}.pt"
+
+    def cached() -> tuple[list[str], list[Split]]:
         kept = torch.load(cache, mmap=True, weights_only=True)
-    if names := [Path(path).name for path in kept["unreadable"]]:
-        warnings.warn(f"{len(names)} unreadable files of {folder} are left out: {', '.join(names[:10])}"
-                      f"{', ...' if len(names) > 10 else ''}", stacklevel=stacklevel)
-    splits = [Split(*kept[half]) for half in ("train", "test")]
+        return kept["unreadable"], [Split(*kept[half]) for half in ("train", "test")]
+
+    try:
+        unreadable, splits = cached()
+        whole = all(_decode(path, channels, image_size) is None for path in unreadable)  # as it was then
+    except Exception:  # not there, or damaged
+        whole = False
+    if not whole:
+        _decode_all(pictures, cache, channels, image_size)
+        unreadable, splits = cached()
+    if unreadable:
+        names = ", ".join(Path(path).name for path in unreadable[:10]) + ", ..." * (len(unreadable) > 10)
+        warnings.warn(f"{len(unreadable)} unreadable files of {folder} are left out: {names}", stacklevel=stacklevel)
     if not all(map(len, splits)):
         raise ValueError(f"{folder} holds {len(splits[0])} readable pictures to train and {len(splits[1])} to test; it must "
                          "hold one of each, or two of a class")
-    return ImageData(*splits, tuple(classes), folder.name, f"folder {folder.name}")
-
-
-def _read_cache(cache: Path, image_size: int, channels: int) -> dict | None:
-    """What _decode_all wrote; None where a picture that could not be read then can be read now."""
-    kept = torch.load(cache, mmap=True, weights_only=True)
-    for half in ("train", "test"):
-        Split(*kept[half])  # whole
-    for path in kept["unreadable"]:
-        with suppress(Exception):
-            _decode(path, image_size, channels)
-            return None
-    return kept
+    return ImageData(*splits, tuple(classes[0]), folder.name, f"folder {folder.name}")
 
 
 def _pictures(folder: Path) -> dict[str, list[Path]]:
     """Class -> its files, in order. What is hidden or made by a system is neither, and an empty folder is no class."""
-    systems, found = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini"}, {}
-    for part in sorted(part for part in folder.iterdir() if part.is_dir()):
-        seen, files = {os.path.realpath(folder)}, []
-        for at, folders, names in os.walk(part, followlinks=True):
-            if os.path.realpath(at) in seen:  # a link that leads back
-                folders.clear()
-                continue
-            seen.add(os.path.realpath(at))
-            files += [Path(at) / name for name in names]
-        found[part.name] = sorted(file for file in files if not any(
-            name.startswith(".") or name in systems for name in file.relative_to(folder).parts))
+    systems = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini"}
+    found = {part.name: sorted(file for file in part.rglob("*") if not file.is_dir() and not any(
+        name.startswith(".") or name in systems for name in file.relative_to(folder).parts))
+        for part in sorted(folder.iterdir()) if part.is_dir()}
     return {name: files for name, files in found.items() if files}
 
 
-def _decode(path: str | Path, image_size: int, channels: int) -> Tensor:
-    """A picture as uint8 [channels, image_size, image_size]: turned upright, on white, with 8 bits, resized, cropped."""
-    with Image.open(path) as file:
+def _decode(path: str | Path, channels: int, image_size: int) -> Tensor | None:
+    """A picture as uint8 [channels, image_size, image_size]: turned upright, on white, with 8 bits, resized, cropped. None
+    where it cannot be read."""
+    with suppress(Exception), Image.open(path) as file:  # a broken picture can make its decoder raise nearly anything
         picture = ImageOps.exif_transpose(file)
-    if picture.mode.startswith(("I", "F")):  # 16 or 32 bits, or floats
-        values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
-        ranges = (1, 255, 65535) if picture.mode == "F" else (65535,)
-        top = next((top for top in ranges if values.max() <= 1.1 * top), values.max())  # resizing may overshoot
-        picture = Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8))
-    elif picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    image = v2.functional.pil_to_tensor(picture.convert("L" if channels == 1 else "RGB"))
-    return v2.functional.center_crop(v2.functional.resize(image, image_size, antialias=True), image_size)
+        if picture.mode.startswith(("I", "F")):  # 16 or 32 bits, or floats
+            values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
+            ranges = (1, 255, 65535) if picture.mode == "F" else (65535,)
+            top = next((top for top in ranges if values.max() <= 1.1 * top), values.max())  # resizing may overshoot
+            picture = Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8))
+        elif picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        image = v2.functional.pil_to_tensor(picture.convert("L" if channels == 1 else "RGB"))
+        return v2.functional.center_crop(v2.functional.resize(image, image_size, antialias=True), image_size)
 
 
-def _decode_all(pictures: list[tuple[Path, int, str | None]], cache: Path, image_size: int, channels: int) -> None:
+def _decode_all(pictures: list[tuple[Path, int, str | None]], cache: Path, channels: int, image_size: int) -> None:
     """Decodes ``pictures`` (path, label, half) one by one into one file of both halves: none needs to fit into memory.
     Where the half is None, the second readable picture of each class and every tenth after it are for testing."""
     labels, seen, kept = {"train": [], "test": []}, Counter(), {"unreadable": []}
     with _writing(cache) as file, tempfile.TemporaryDirectory(dir=cache.parent) as folder:
         raw = {half: (Path(folder) / half).open("wb") for half in labels}
         for path, label, half in tqdm(pictures, "decoding pictures", file=_progress_file(), leave=False):
-            try:
-                image = _decode(path, image_size, channels)
-            except Exception:  # a broken picture can make its decoder raise nearly anything
+            if (image := _decode(path, channels, image_size)) is None:
                 kept["unreadable"].append(str(path))
                 continue
             half = half or ("test" if seen[label] % 10 == 1 else "train")
@@ -441,22 +405,20 @@ def elbo(model: nn.Module, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, 
     return recon, kl
 
 
-def log_weights(model: nn.Module, x: Tensor, y: Tensor | None = None) -> Callable[[int], Tensor]:
-    """A function of a count: log p(x|z) + log p(z) - log q(z|x) for that many samples z of each image, nats [count, B]. The
+def log_weights(model: nn.Module, x: Tensor, y: Tensor | None = None, num_samples: int = 1) -> Tensor:
+    """log p(x|z) + log p(z) - log q(z|x) at ``num_samples`` samples z of q(z|x) for each image, nats [num_samples, B]. The
     log of their mean exponential estimates log p(x) and can be trained on (Burda et al. 2016, arXiv 1509.00519, equation
     8). An ``elbo_terms`` of the model must give log q(z|x) - log p(z) of its sample as kl here. Raises ValueError as elbo
-    does."""
-    q_z = None if hasattr(model, "elbo_terms") else _per_image(model.encode(x, y), "q(z|x)", len(x))  # once for all samples
-
-    def draw(count: int) -> Tensor:
-        x_all, y_all = torch.cat([x] * count), None if y is None else y.repeat(count)
-        if q_z is None:
-            recon, kl = model.elbo_terms(x_all, y_all)
-            return (recon - kl).view(count, -1)
-        z = q_z.rsample((count,))
-        recon = _recon(model.decode(z.flatten(0, 1), y_all), x_all).view(count, -1)
-        return recon + _prior(model, z[0, 0]).log_prob(z) - q_z.log_prob(z)
-    return draw
+    does, and for a count below 1."""
+    _check_whole(1, num_samples=num_samples)
+    x_all, y_all = torch.cat([x] * num_samples), None if y is None else y.repeat(num_samples)
+    if hasattr(model, "elbo_terms"):
+        recon, kl = model.elbo_terms(x_all, y_all)
+        return (recon - kl).view(num_samples, -1)
+    q_z = _per_image(model.encode(x, y), "q(z|x)", len(x))
+    z = q_z.rsample((num_samples,))
+    recon = _recon(model.decode(z.flatten(0, 1), y_all), x_all).view(num_samples, -1)
+    return recon + _prior(model, z[0, 0]).log_prob(z) - q_z.log_prob(z)
 
 
 @torch.no_grad()
@@ -471,13 +433,11 @@ def log_likelihood(model: nn.Module, x: Tensor, y: Tensor | None = None, num_sam
         raise ValueError(f"y holds {len(y)} labels for {len(x)} images; it must hold one for each")
     here, result = _device_of(model), []
     with _eval_mode(model):
-        for start in range(0, len(x), chunk):
-            x_part, y_part = (None if part is None else part[start:start + chunk].to(here) for part in (x, y))
-            draw, at_once = log_weights(model, x_part, y_part), max(1, chunk // len(x_part))
-            total = torch.full((len(x_part),), -math.inf, device=here)
-            for done in range(0, num_samples, at_once):
-                total = torch.logaddexp(total, draw(min(at_once, num_samples - done)).logsumexp(0))
-            result.append(total - math.log(num_samples))
+        for index in torch.arange(len(x)).split(max(1, chunk // num_samples)):
+            x_part, y_part = (None if part is None else part[index].to(here) for part in (x, y))
+            log_w = [log_weights(model, x_part, y_part, min(chunk, num_samples - done)).logsumexp(0)
+                     for done in range(0, num_samples, chunk)]
+            result.append(torch.stack(log_w).logsumexp(0) - math.log(num_samples))
     return torch.cat(result).to(x.device)
 
 
@@ -515,13 +475,6 @@ def bits_per_dim(nats: Tensor | float, num_dims: int) -> Tensor | float:
     return -nats / (num_dims * math.log(2))
 
 
-class _Levels(constraints.Constraint):
-    """0, 1/255, ..., 1, up to rounding."""
-
-    def check(self, value: Tensor) -> Tensor:
-        return ((value * 255).round() / 255 - value).abs().lt(1e-5) & (value >= 0) & (value <= 1)
-
-
 class DiscretizedLogistic(Distribution):
     """Probabilities of the levels 0, 1/255, ..., 1: what a logistic density of mean ``loc`` has in the bin of each. Bins
     are 1/255 wide; those of 0 and 1 take the tails (Kingma et al. 2016, arXiv 1606.04934, section 5.2). ``loc`` and
@@ -530,8 +483,12 @@ class DiscretizedLogistic(Distribution):
     x[d] - loc[d] for each colour d before it (Salimans et al. 2017, arXiv 1701.05517, section 2.2). ``log_prob``: nats of
     each value, given the colours before it. Wrap in Independent for whole images."""
 
+    class Levels(constraints.Constraint):
+        def check(self, value: Tensor) -> Tensor:  # 0, 1/255, ..., 1, up to rounding
+            return ((value * 255).round() / 255 - value).abs().lt(1e-5) & (value >= 0) & (value <= 1)
+
     arg_constraints = {"loc": constraints.real, "log_scale": constraints.real}
-    support = _Levels()
+    support = Levels()
 
     def __init__(self, loc: Tensor, log_scale: Tensor, links: Tensor | None = None, validate_args: bool | None = None):
         self.loc, self.log_scale = torch.broadcast_tensors(loc, log_scale)
@@ -564,6 +521,14 @@ class DiscretizedLogistic(Distribution):
             start = value_at(self._given(start))
         return start
 
+    @classmethod
+    def of_output(cls, output: Tensor) -> Distribution:
+        """p(x|z) of the [B, 2, H, W], [B, 6, H, W] or, with links, [B, 9, H, W] that a decoder gives. Outputs near 0, as at
+        the start, mean a grey pixel give or take a tenth; no scale is far below one level."""
+        colours = 1 if output.shape[1] == 2 else 3
+        loc, log_scale, links = output.split((colours, colours, output.shape[1] - 2 * colours), dim=1)
+        return Independent(cls(0.5 + 0.25 * loc, (log_scale - 3).clamp(-8, 4), links if links.shape[1] else None), 3)
+
     @torch.no_grad()
     def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
         uniform = torch.rand(self._extended_shape(torch.Size(sample_shape)), device=self.loc.device).clamp(1e-6, 1 - 1e-6)
@@ -578,24 +543,6 @@ class DiscretizedLogistic(Distribution):
 
 
 # ---------------------------------------------------------------------------------------------------- convolutional VAE
-
-
-def _bernoulli(output: Tensor) -> Distribution:
-    return Independent(Bernoulli(logits=output), 3)
-
-
-def _logistic(output: Tensor) -> Distribution:
-    """Outputs near 0, as at the start, mean a grey pixel give or take a tenth; no scale is far below one level."""
-    colours = 1 if output.shape[1] == 2 else 3
-    loc, log_scale, links = output.split((colours, colours, output.shape[1] - 2 * colours), dim=1)
-    return Independent(DiscretizedLogistic(
-        0.5 + 0.25 * loc, (log_scale - 3).clamp(-8, 4), links if links.shape[1] else None), 3)
-
-
-LIKELIHOODS = {  # name -> (decoder output [B, k(C), H, W] to p(x|z), k)
-    "bernoulli": (_bernoulli, lambda colours: colours),
-    "logistic": (_logistic, lambda colours: 2 * colours),
-    "linked": (_logistic, lambda colours: 2 * colours + colours * (colours - 1) // 2)}  # a colour depends on those before
 
 
 class Residual(nn.Sequential):
@@ -616,8 +563,13 @@ class ConvVAE(nn.Module):
     ``image_shape``: (C, H, W) with C of 1 or 3, H and W multiples of 4. ``num_classes`` > 0: encoder and decoder also take
     the label. ``channels``: filters at the first and the second halving. ``hidden``: width of the dense layers. ``blocks``:
     residual blocks of two convolutions at the smallest size, and as many of one dense layer, in encoder and decoder each.
-    ``likelihood``: a name in LIKELIHOODS, or a pair like its values. The log-variance of q(z|x) is kept within -14 and 14.
+    ``likelihood``: a name in ``likelihoods``, or a pair like its values. The log-variance of q(z|x) is kept in -14 to 14.
     Raises ValueError for values out of range, and for x, y or z that do not fit."""
+
+    likelihoods = {  # name -> (decoder output [B, k(C), H, W] to p(x|z), k)
+        "bernoulli": (lambda output: Independent(Bernoulli(logits=output), 3), lambda colours: colours),
+        "logistic": (DiscretizedLogistic.of_output, lambda colours: 2 * colours),
+        "linked": (DiscretizedLogistic.of_output, lambda colours: 2 * colours + colours * (colours - 1) // 2)}
 
     def __init__(self, image_shape: tuple[int, int, int] = (1, 28, 28), latent_dim: int = 32, num_classes: int = 0, *,
                  channels: tuple[int, int] = (16, 32), hidden: int = 512, blocks: int = 0,
@@ -632,12 +584,12 @@ class ConvVAE(nn.Module):
         image_shape, (few, many) = tuple(map(int, image_shape)), map(int, channels)
         if len(image_shape) != 3 or image_shape[0] not in (1, 3) or any(s < 4 or s % 4 for s in image_shape[1:]):
             raise ValueError(f"image_shape is {image_shape}; it must be (1 or 3, H, W) with H and W multiples of 4")
-        if isinstance(likelihood, str) and likelihood not in LIKELIHOODS:
-            raise ValueError(f"likelihood is {likelihood!r}; it must be one of {', '.join(LIKELIHOODS)}")
+        if isinstance(likelihood, str) and likelihood not in self.likelihoods:
+            raise ValueError(f"likelihood is {likelihood!r}; it must be one of {', '.join(self.likelihoods)}")
         self.image_shape, self.latent_dim, self.num_classes = image_shape, int(latent_dim), int(num_classes)
         self.config = {"image_shape": image_shape, "latent_dim": int(latent_dim), "num_classes": int(num_classes),
                        "channels": (few, many), "hidden": int(hidden), "blocks": int(blocks), "likelihood": likelihood}
-        self.likelihood, outputs = LIKELIHOODS[likelihood] if isinstance(likelihood, str) else likelihood
+        self.likelihood, outputs = self.likelihoods[likelihood] if isinstance(likelihood, str) else likelihood
         bottom = (many, image_shape[1] // 4, image_shape[2] // 4)
 
         def conv_blocks():
@@ -666,7 +618,7 @@ class ConvVAE(nn.Module):
     def encode(self, x: Tensor, y: Tensor | None = None) -> Distribution:
         """q(z|x), or q(z|x, y) of a conditional model: batch shape [B], event shape [latent_dim]."""
         if x.shape[1:] != self.image_shape or not x.is_floating_point():
-            raise ValueError(f"x is {_kind(x)}; this model takes float images in [0, 1] of shape [B, *{self.image_shape}]")
+            raise ValueError(f"x is {x.dtype} {list(x.shape)}; this model takes floats in [0, 1], [B, *{self.image_shape}]")
         features = self.down(x.to(self.down[0].weight.dtype))
         mean, log_var = self.to_q(self.with_label(features, y)).float().chunk(2, dim=1)
         return Independent(Normal(mean, (0.5 * log_var.clamp(-14, 14)).exp()), 1)
@@ -724,7 +676,7 @@ def encode_all(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
     with _eval_mode(model):
         for start in range(0, len(split), 1000):
             x, y = split[start:start + 1000].batch(_device_of(model))
-            q_z = _per_image(model.encode(x, _labels_for(model, y)), "q(z|x)", len(x))
+            q_z = _per_image(model.encode(x, y if getattr(model, "num_classes", 1) else None), "q(z|x)", len(x))
             if len(q_z.event_shape) != 1:
                 raise ValueError(f"q(z|x) has event shape {list(q_z.event_shape)}; it must be [latent_dim]")
             means.append(q_z.mean.cpu())
@@ -749,13 +701,9 @@ def mean_images(model: nn.Module, z: Tensor, label: int | None = None) -> Tensor
 
 def _check_labels(y: Tensor, count: int, num_classes: int) -> None:
     if y.dtype != torch.int64 or y.shape != (count,):
-        raise ValueError(f"y is {_kind(y)}; it must be int64 of shape [{count}]")
+        raise ValueError(f"y is {y.dtype} {list(y.shape)}; it must be int64 of shape [{count}]")
     if count and (y.min() < 0 or y.max() >= num_classes):
         raise ValueError(f"y holds labels {int(y.min())} to {int(y.max())}; this model takes 0 to {num_classes - 1}")
-
-
-def _labels_for(model: nn.Module, y: Tensor) -> Tensor | None:
-    return None if getattr(model, "num_classes", None) == 0 else y
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -779,7 +727,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 def negative_elbo(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """The default loss of ``fit``: kl - recon, nats [B], and both terms. A model whose num_classes is 0 gets no labels."""
-    recon, kl = elbo(model, x, _labels_for(model, y))
+    recon, kl = elbo(model, x, y if getattr(model, "num_classes", 1) else None)
     return {"loss": kl - recon, "recon": recon, "kl": kl}
 
 
@@ -815,7 +763,7 @@ def _named(values: Tensor | dict[str, Tensor], count: int) -> dict[str, Tensor]:
         raise ValueError(f"the loss returned a dict of {', '.join(values)}; it must have an entry 'loss'")
     for name, value in values.items():
         if not isinstance(value, Tensor) or value.shape != (count,):
-            kind = _kind(value) if isinstance(value, Tensor) else type(value).__name__
+            kind = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"the loss gives {name!r} as {kind} for {count} images; it must be one "
                              "value per image: sum over pixels and latents, do not average over the batch")
     return {name: value if value.is_floating_point() else value.float() for name, value in values.items()}
@@ -825,7 +773,8 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
         optimizer: Callable = partial(torch.optim.Adam, fused=True), loss: Callable = negative_elbo,  # noqa: B008
         transform: Callable | None = None, checkpoint: str | Path | None = None, seed: int = 0,
         bfloat16: bool | None = None, on_epoch: Callable | None = None, progress: bool = True) -> History:
-    """Trains ``model`` in place, on ``device()``, with ``data.train``; measures it on ``data.test`` after every epoch.
+    """Trains ``model`` in place, on ``device()``, with ``data.train``; measures it on ``data.test`` after every epoch, and
+    leaves it in eval mode.
 
     ``lr``: peak of a one-cycle schedule (Smith and Topin 2018, arXiv 1708.07120).
     ``loss(model, x, y)``: nats per image [B], or a dict of such tensors, "loss" among them, which the History keeps.
@@ -843,11 +792,11 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
     TypeError when on_epoch returns neither Tensor nor None; OSError when the checkpoint cannot be written.
     """
     checkpoint = None if checkpoint is None else Path(checkpoint).expanduser()
-    here, (rank, world) = device(), _processes()
     arguments = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "bfloat16": bfloat16,
                  "optimizer": optimizer, "loss": loss, "transform": transform}
+    here, (rank, world) = device(), _processes()
     _check_fit(model.to(here), data, checkpoint, world, **arguments)
-    epochs, batch_size, seed = int(epochs), int(batch_size), int(seed)
+    epochs, batch_size, seed = map(int, (epochs, batch_size, seed))
     batches = math.ceil(len(data.train) / batch_size)
     opt, updates = optimizer(model.parameters(), lr=lr), epochs * batches
     schedule = (torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=updates, cycle_momentum=False) if updates > 1
@@ -855,10 +804,11 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
     means_of, mixed = _Means(model, loss), _fast_bfloat16(here) if bfloat16 is None else bfloat16
     if world > 1:
         means_of = nn.parallel.DistributedDataParallel(means_of, find_unused_parameters=True)
-    history, done, run = History(), -1, _describe_run(model, data, arguments) if checkpoint else {}
-    for name in [name for name, text in run.items() if "(no source)" in text and rank == 0]:
-        print(f"{name} has code without a source: after a change of it the checkpoint would be continued all the same")
-    if state := _resume(checkpoint, run, rank, world):
+    history, done, run = History(), -1, {}
+    if checkpoint:
+        things = arguments | {"model": model, "data.train": vars(data.train), "data.test": vars(data.test)}
+        run = {name: _Fingerprint([*model.parameters(), *model.buffers()])(thing) for name, thing in things.items()}
+    if checkpoint and (state := _resume(checkpoint, run, rank, world)):
         for part, name in ((model, "model"), (opt, "optimizer"), (schedule, "schedule")):
             part.load_state_dict(state[name])
         history, done = History(**state["history"]), state["epoch"]
@@ -869,7 +819,7 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
             raise TypeError(f"on_epoch returned a {type(kept).__name__}; it must return a Tensor or None")
         history.kept |= {} if kept is None else {epoch: kept.detach().to("cpu", copy=True)}
         _refuse_nan(model.state_dict(), f"after epoch {epoch}", checkpoint)
-        if checkpoint is not None and rank == 0:
+        if checkpoint and rank == 0:
             with _writing(checkpoint) as file:
                 torch.save({"run": run, "epoch": epoch, "history": asdict(history), "model": model.state_dict(),
                             "optimizer": opt.state_dict(), "schedule": schedule.state_dict()}, file)
@@ -913,6 +863,7 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
             for name, value in {"update": epoch * batches, **values}.items():
                 history.test.setdefault(name, []).append(value)
             end_epoch(epoch)
+    model.eval()
     return history
 
 
@@ -986,109 +937,111 @@ def _refuse_nan(values: dict[str, Tensor | float], where: str, checkpoint: Path 
             raise FloatingPointError(f"{name} is NaN or infinite {where}; {kept}. Look at transform and loss, or lower lr.")
 
 
-def _resume(checkpoint: Path | None, run: dict[str, str], rank: int, world: int) -> dict | None:
+def _resume(checkpoint: Path, run: dict[str, str], rank: int, world: int) -> dict | None:
     """The state in ``checkpoint``, on every process; None where there is none. Raises ValueError for that of another run."""
     state = [None]
-    if checkpoint is not None and rank == 0 and checkpoint.exists():
-        state = [_read(checkpoint, "run", "epoch", "history", "model", "optimizer", "schedule")]
-        for name, text in run.items():
-            for before, now in zip_longest(state[0]["run"].get(name, "").splitlines(), text.splitlines()):
-                if before != now:
-                    raise ValueError(f"{checkpoint} is of another run: {name} has {before!r} there, {now!r} here. Give "
+    if rank == 0:
+        for name in [name for name, text in run.items() if "(no source)" in text]:
+            print(f"{name} has code without a source: after a change of it the checkpoint would be continued all the same")
+        if checkpoint.exists():
+            state = [_read(checkpoint, "run", "epoch", "history", "model", "optimizer", "schedule")]
+            for name, text in run.items():
+                if text != (before := state[0]["run"].get(name, "")):
+                    lines = before.splitlines(), text.splitlines()
+                    there, here = (next((line for line in one if line not in two), "") for one, two in (lines, lines[::-1]))
+                    raise ValueError(f"{checkpoint} is of another run: {name} has {there!r} there, {here!r} here. Give "
                                      "another path, or delete the file to train anew.")
-        written = time.strftime("%Y-%m-%d %H:%M", time.localtime(checkpoint.stat().st_mtime))
-        print(f"{checkpoint.name}: going on from epoch {state[0]['epoch']}, written {written}")
+            written = time.strftime("%Y-%m-%d %H:%M", time.localtime(checkpoint.stat().st_mtime))
+            print(f"{checkpoint.name}: going on from epoch {state[0]['epoch']}, written {written}")
     if world > 1:
         dist.broadcast_object_list(state)
     return state[0]
 
 
-def _describe_run(model: nn.Module, data: ImageData, arguments: dict) -> dict[str, str]:
-    """Name -> text of what makes this run; where a text differs, a checkpoint is of another run."""
-    trained = {*map(id, model.parameters()), *map(id, model.buffers())}
-    things = arguments | {"model": model, "data.train": vars(data.train), "data.test": vars(data.test)}
-    return {name: _describe(thing, set(trained)) for name, thing in things.items()}
+class _Fingerprint:
+    """Text that changes with what a thing computes: plain values, checksums, the source of functions and methods, and the
+    same of all that these name; of ``trained`` tensors only the shape. What is installed goes by its name: nothing depends
+    on the version of Python."""
 
+    def __init__(self, trained: list[Tensor]):
+        self.seen = {*map(id, trained)}
 
-def _describe(thing, seen: set) -> str:
-    """Text that changes with what ``thing`` computes: plain values, the source of functions and methods, and the same of all
-    that these name. What is installed goes by its name, so that nothing depends on the version of Python."""
-    thing = thing.item() if isinstance(thing, np.generic) else thing.value if isinstance(thing, Enum) else thing
-    if thing is None or isinstance(thing, numbers.Number | str | bytes | Path | torch.dtype | torch.device):
-        return repr(thing)
-    if isinstance(thing, Tensor) or isinstance(thing, np.ndarray) and thing.dtype.kind in "biufc":
-        checksum = 0
-        for piece in () if id(thing) in seen else torch.as_tensor(thing).detach().reshape(-1).split(2**24):
-            checksum = zlib.crc32(piece.cpu().view(torch.uint8).numpy(), checksum)
-        return f"{list(thing.shape)}, checksum {checksum:08x}"
-    if isinstance(thing, partial):
-        thing = {"func": thing.func, "args": thing.args, "keywords": thing.keywords}
-    elif isinstance(thing, types.MethodType):
-        thing = {"func": thing.__func__, "self": thing.__self__}
-    elif isinstance(thing, EnumMeta):
-        thing = dict(thing.__members__)
-    elif isinstance(thing, np.ndarray | list | tuple | set | frozenset):
-        thing = dict(enumerate(sorted(thing, key=repr) if isinstance(thing, set | frozenset) else thing))
-    if isinstance(thing, dict):
-        return "".join(f"\n{name}: {_describe(value, seen)}" for name, value in sorted(thing.items(), key=str))
-    kind = thing if isinstance(thing, type | types.FunctionType) else type(thing)
-    installed, layer = _installed(kind), isinstance(thing, nn.Module)
-    title = f"{kind.__qualname__} {'' if kind is thing else getattr(thing, '__name__', '')}"
-    if installed and hasattr(thing, "__wrapped__"):  # by functools.cache, contextmanager, torch.no_grad, ...
-        return _describe(thing.__wrapped__, seen)
-    settings = layer or isinstance(thing, types.SimpleNamespace) or str(kind.__module__).startswith(("torch", "argparse"))
-    if id(thing) in seen or installed and (kind is thing or not settings):
-        return title
-    seen.add(id(thing))
-    if isinstance(thing, types.FunctionType):
-        source, parts = _source(thing)
-        return source + _describe(parts, seen)
-    if isinstance(thing, type):
-        members = {name: getattr(value, "fget", getattr(value, "__func__", value)) for name, value in vars(thing).items()}
-        members = {name: value.func if isinstance(value, cached_property) else value for name, value in members.items()}
-        made = {"__dataclass_fields__", "_fields"} & members.keys()  # its private methods come from no file of the reader's
-        parts = {name: value for name, value in members.items() if not name.startswith("_") or (
-            not _installed(value) and not (made and value.__code__.co_filename == "<string>")
-            if isinstance(value, types.FunctionType) else name[:2] != "__")}
-        parts["bases"] = thing.__bases__
-    else:
-        parts = {name: getattr(thing, name) for name in [*getattr(thing, "__dict__", ()), *getattr(kind, "__slots__", ())]
-                 if hasattr(thing, name) and not (installed and name[0] == "_") and name not in vars(nn.Module())}
-        parts |= {"class": kind} | ({**thing._parameters, **thing._buffers, **thing._modules} if layer else {})
-    return title + _describe(parts, seen)
+    def __call__(self, thing) -> str:
+        thing = thing.item() if isinstance(thing, np.generic) else thing.value if isinstance(thing, Enum) else thing
+        if thing is None or isinstance(thing, numbers.Number | str | bytes | Path | torch.dtype | torch.device):
+            return repr(thing)
+        if isinstance(thing, Tensor) or isinstance(thing, np.ndarray) and thing.dtype.kind in "biufc":
+            digest = hashlib.sha256()
+            for piece in () if id(thing) in self.seen else torch.as_tensor(thing).detach().reshape(-1).split(2**24):
+                digest.update(piece.cpu().view(torch.uint8).numpy())
+            return f"{list(thing.shape)}, checksum {digest.hexdigest()[:16]}"
+        if isinstance(thing, partial):
+            thing = {"func": thing.func, "args": thing.args, "keywords": thing.keywords}
+        elif isinstance(thing, types.MethodType):
+            thing = {"func": thing.__func__, "self": thing.__self__}
+        elif isinstance(thing, EnumMeta):
+            thing = dict(thing.__members__)
+        elif isinstance(thing, np.ndarray | list | tuple | set | frozenset):
+            thing = dict(enumerate(sorted(thing, key=repr) if isinstance(thing, set | frozenset) else thing))
+        if isinstance(thing, dict):
+            return "".join(f"\n{name}: {self(value)}" for name, value in sorted(thing.items(), key=str))
+        kind = thing if isinstance(thing, type | types.FunctionType) else type(thing)
+        installed, layer = self.installed(kind), isinstance(thing, nn.Module)
+        title = f"{kind.__qualname__} {'' if kind is thing else getattr(thing, '__name__', '')}"
+        if installed and hasattr(thing, "__wrapped__"):  # by functools.cache, contextmanager, torch.no_grad, ...
+            return self(thing.__wrapped__)
+        plain = not layer and (kind.__module__ or "").partition(".")[0] not in ("torch", "torchvision", "types", "argparse")
+        if id(thing) in self.seen or installed and (kind is thing or plain):
+            return title
+        self.seen.add(id(thing))
+        if isinstance(thing, types.FunctionType):
+            return self.function(thing)
+        if isinstance(thing, type):
+            parts = {name: getattr(value, "fget", getattr(value, "__func__", getattr(value, "func", value)))
+                     for name, value in vars(thing).items()}
+            made = {"__dataclass_fields__", "_fields"} & parts.keys()  # with private methods that no reader wrote
+            parts = {name: value for name, value in parts.items() if not name.startswith("_") or (
+                not self.installed(value) and not (made and value.__code__.co_filename == "<string>")
+                if isinstance(value, types.FunctionType) else name[:2] != "__")}
+            parts["bases"] = thing.__bases__
+        else:
+            own = {*getattr(thing, "__dict__", ()), *getattr(kind, "__slots__", ())} - vars(nn.Module()).keys()
+            own = {name for name in own if hasattr(thing, name) and not (installed and name[0] == "_")}
+            parts = {name: getattr(thing, name) for name in own}
+            parts |= {"class": kind} | ({**thing._parameters, **thing._buffers, **thing._modules} if layer else {})
+        return title + self(parts)
 
+    def function(self, function: types.FunctionType) -> str:
+        """Its text, and what it reads beside its arguments: defaults, its closure and the globals it names."""
+        codes, named, used = [function.__code__], set(), function.__globals__
+        for code in codes:  # grows by the functions inside
+            codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+            named |= {step.argval for step in dis.get_instructions(code) if step.opname.endswith(("_GLOBAL", "_NAME"))}
+        reads = {name: used[name] for name in named if name in used}
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            with suppress(ValueError):  # an empty cell
+                reads[name] = cell.cell_contents
+        for name, module in [*reads.items()]:  # of a module of one's own, what is used of it
+            if isinstance(module, types.ModuleType) and not self.installed(module):
+                named = {part for code in codes for part in code.co_names} & vars(module).keys()
+                reads |= {f"{name}.{part}": vars(module)[part] for part in named}
+        try:
+            lines = inspect.getsourcelines(function.__code__)[0]
+            if function.__name__ == "<lambda>":  # only its own lines, and all of them
+                last = max(line for code in codes for *_, line in code.co_lines() if line)
+                lines = inspect.findsource(function)[0][function.__code__.co_firstlineno - 1:last]
+        except (OSError, TypeError):
+            lines = ["(no source)"]
+        return "".join(lines) + self(reads | {"defaults": (function.__defaults__, function.__kwdefaults__)})
 
-def _installed(kind) -> bool:
-    """Whether this class or function is part of Python or of a package, so that its name says what it is."""
-    root = (kind.__module__ or "").partition(".")[0]
-    file = getattr(sys.modules.get(root), "__file__", "") if root != "__main__" else ""
-    file = kind.__code__.co_filename if isinstance(kind, types.FunctionType) else file or ""
-    return root in sys.stdlib_module_names or "site-packages" in file or "dist-packages" in file or file.startswith(
-        str(Path(os.__file__).parent))
-
-
-def _source(function: types.FunctionType) -> tuple[str, dict]:
-    """The text of ``function``, and what it reads beside its arguments: defaults, its closure and the globals it names."""
-    codes, names, used = [function.__code__], set(), function.__globals__
-    for code in codes:  # grows by the functions inside
-        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-        names |= {step.argval for step in dis.get_instructions(code) if "_GLOBAL" in step.opname or "_NAME" in step.opname}
-    reads = {name: used[name] for name in names if name in used}
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        with suppress(ValueError):  # an empty cell
-            reads[name] = cell.cell_contents
-    for name, module in [*reads.items()]:  # of a module of one's own, what is used of it
-        if isinstance(module, types.ModuleType) and not _installed(types.SimpleNamespace(__module__=module.__name__)):
-            parts = {part for code in codes for part in code.co_names} & vars(module).keys()
-            reads |= {f"{name}.{part}": vars(module)[part] for part in parts}
-    try:
-        lines = inspect.getsourcelines(function.__code__)[0]
-        if function.__name__ == "<lambda>":  # only its own lines, and all of them
-            last = max(line for code in codes for *_, line in code.co_lines() if line)
-            lines = inspect.findsource(function)[0][function.__code__.co_firstlineno - 1:last]
-    except (OSError, TypeError):
-        lines = ["(no source)"]
-    return "".join(lines), reads | {"defaults": (function.__defaults__, function.__kwdefaults__)}
+    @staticmethod
+    def installed(kind) -> bool:
+        """Whether this class, function or module is part of Python or of a package, so that its name says what it is."""
+        root = (getattr(kind, "__module__", None) or getattr(kind, "__name__", "")).partition(".")[0]
+        file = getattr(sys.modules.get(root), "__file__", "") if root != "__main__" else ""
+        file = kind.__code__.co_filename if isinstance(kind, types.FunctionType) else file or ""
+        return root in sys.stdlib_module_names or "site-packages" in file or "dist-packages" in file or file.startswith(
+            str(Path(os.__file__).parent))
 
 
 def _progress_file():
@@ -1116,7 +1069,7 @@ def show_images(images: Tensor, *, columns: int = 10, labels: list[str] | None =
     ``labels``: a text under each image. ``row_labels``, ``column_labels``: a text left of each row, below each column.
     Raises ValueError without an image."""
     if images.ndim != 4 or not len(images) or images.shape[1] not in (1, 3):
-        raise ValueError(f"images are {_kind(images)}; they must be [N, C, H, W] with N of at least 1 and C of 1 or 3")
+        raise ValueError(f"images are {images.dtype} {list(images.shape)}; they must be [N, C, H, W], N > 0 and C of 1 or 3")
     images = images.detach().cpu()
     images = images.float() / 255 if images.dtype == torch.uint8 else images.float().clamp(0, 1)
     columns, rows = min(columns, len(images)), math.ceil(len(images) / columns)

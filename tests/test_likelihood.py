@@ -139,7 +139,7 @@ def test_a_prior_that_is_a_module_is_trained_with_the_rest(few):
     (kl - recon).sum().backward()
     assert model.prior.mean.grad.abs().min() > 0
     with vh.seeded(0):
-        weights = vh.log_weights(model, x)(1)[0]
+        weights = vh.log_weights(model, x)[0]
     with vh.seeded(0):
         z = q_z.rsample((1,))[0]
     torch.testing.assert_close(weights, model.decode(z).log_prob(x) + model.prior.log_prob(z) - q_z.log_prob(z))
@@ -172,7 +172,8 @@ def test_the_bound_of_log_weights_has_the_gradient_of_the_formula(few, num_class
     x, y = few.test[:10].batch()
     y, gradients = y if num_classes else None, []
     torch.manual_seed(1)
-    gradients.append(torch.autograd.grad(vh.log_weights(model, x, y)(3).logsumexp(0).sum(), [*model.parameters()]))
+    bound = vh.log_weights(model, x, y, num_samples=3).logsumexp(0).sum()
+    gradients.append(torch.autograd.grad(bound, [*model.parameters()]))
     torch.manual_seed(1)
     q_z = model.encode(x, y)
     z = q_z.rsample((3,))
@@ -184,11 +185,16 @@ def test_the_bound_of_log_weights_has_the_gradient_of_the_formula(few, num_class
         torch.testing.assert_close(by_helper, by_hand, rtol=1e-3, atol=1e-3)
 
 
-def test_log_weights_encodes_once_and_draws_anew(x):
-    draw = vh.log_weights(LinearGaussian(spoil=0.3), x)
-    first, second = draw(2), draw(5)
+def test_log_weights_draws_anew(x):
+    first, second = (vh.log_weights(LinearGaussian(spoil=0.3), x, num_samples=count) for count in (2, 5))
     assert first.shape == (2, 40) and second.shape == (5, 40)
     assert not torch.allclose(first, second[:2])
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 60, 1000])
+def test_log_likelihood_counts_each_sample_once_whatever_the_chunk(x, chunk):
+    exact = [vh.log_likelihood(LinearGaussian(), x, num_samples=count, chunk=chunk) for count in (1, 50)]
+    torch.testing.assert_close(*exact)  # with the true posterior one sample gives what 50 give
 
 
 def test_log_likelihood_refuses_what_does_not_fit(x):
@@ -201,7 +207,7 @@ def test_log_likelihood_refuses_what_does_not_fit(x):
         vh.log_likelihood(LinearGaussian(), x[:0])
 
 
-@pytest.mark.parametrize("bound", [vh.elbo, lambda model, x: vh.log_weights(model, x)(2), vh.log_likelihood])
+@pytest.mark.parametrize("bound", [vh.elbo, vh.log_weights, vh.log_likelihood])
 @pytest.mark.parametrize("method", ["encode", "decode"])
 def test_a_distribution_that_is_not_one_event_an_image_is_refused(few, bound, method):
     model = TinyVAE()
