@@ -1,18 +1,56 @@
-"""The widgets of the notebooks: ``from explorer import LatentExplorer``."""
+"""The widgets of the notebooks: ``from explorer import DrawingPad, LatentExplorer``."""
 
 import html
 import io
 import random
 from pathlib import Path
 
+import anywidget
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import torch
+import traitlets
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.distributions import Normal
+from torchvision.transforms.v2.functional import resize
 from torchvision.utils import save_image
 
 import vae_helpers as vh
+
+
+def png(image: Tensor) -> bytes:
+    """``image`` [C, H, W], float in [0, 1], as a PNG file."""
+    save_image(image, file := io.BytesIO(), format="png")
+    return file.getvalue()
+
+
+class Map:
+    """A map of the plane of largest variance of the codes ``means`` [N, latent_dim], with the names of their ``classes``."""
+
+    def __init__(self, means: Tensor, labels: Tensor, classes: tuple[str, ...]):
+        means = means.double()
+        flat = torch.eye(2)[:means.shape[1]].to(means)  # one or two latents are shown as they are
+        plane = flat if means.shape[1] < 3 else torch.linalg.eigh(means.T.cov(correction=0)).eigenvectors[:, -2:]
+        self.plane = 0.95 * plane / (means @ plane).abs().amax(0).clamp(min=2.5)  # on the map from -1 to 1
+        points = means @ self.plane
+        names = sorted((float(points[labels == label, 1].median()), label) for label in labels.unique().tolist())
+        slots = torch.linspace(-1, 1, len(names)) * min(0.9, 0.1 * len(names))
+        with plt.style.context(vh.STYLE, after_reset=True):  # not in the reader's style
+            axes = Figure((3.5, 3.5), layout="none").add_axes((0, 0, 1, 1), xlim=(-1, 1), ylim=(-1, 1), xticks=[], yticks=[])
+            for (middle, label), slot in zip(names, slots, strict=True):  # names move half way to slots: none hides another
+                mine, colour = points[labels == label], vh.COLOURS[label % len(vh.COLOURS)]
+                axes.scatter(*mine.T, s=8, color=colour, alpha=0.6, linewidths=0)
+                axes.text(mine[:, 0].median(), (middle + slot) / 2, classes[label], ha="center", va="center",
+                          fontsize=7.5, parse_math=False, bbox={"fc": "white", "ec": colour, "boxstyle": "round,pad=0.15"})
+            axes.figure.savefig(file := io.BytesIO(), format="png")
+        self.picture = torch.tensor(plt.imread(io.BytesIO(file.getvalue())))[..., :3].permute(2, 0, 1)
+
+    def at(self, z: Tensor) -> bytes:
+        """The map as a PNG file, with a ring at ``z`` [latent_dim]."""
+        (x, y), places = (z.double() @ self.plane).clamp(-0.95, 0.95), torch.linspace(-1, 1, self.picture.shape[-1])
+        off_the_ring = (torch.hypot(places - x, places[:, None] + y) - 0.06).abs()
+        return png(self.picture * (140 * off_the_ring - 1).clamp(0, 1))  # black on it
 
 
 class LatentExplorer(widgets.VBox):
@@ -32,7 +70,7 @@ class LatentExplorer(widgets.VBox):
         super().__init__(_dom_classes=["explorer"])
         self.model, self.data, self.folder, self._random = model, data, folder, random.Random(seed)
         self._z, self._moving, self.kept = means[0], False, {"A": means[0], "B": torch.zeros_like(means[0])}
-        self._draw_map(means.double(), part.labels)
+        self._map = Map(means, part.labels, data.classes)
         wide = {"layout": {"width": "320px"}, "style": {"description_width": "110px"}}
         self.sliders = {dim: widgets.FloatSlider(description=f"z[{dim}], {kl[dim]:.2f} nats", min=-4, max=4, step=1 / 16,
                                                  **wide) for dim in kl.argsort(descending=True)[:int(num_sliders)].tolist()}
@@ -61,30 +99,13 @@ class LatentExplorer(widgets.VBox):
             [*map(widgets.VBox, columns)], [self.index, *self.buttons.values(), self.play, self.walk], [self.status, sharp])]
         self.encode(0)
 
-    def _draw_map(self, means: Tensor, labels: Tensor) -> None:
-        flat = torch.eye(2)[:means.shape[1]].to(means)  # one or two latents are shown as they are
-        plane = flat if means.shape[1] < 3 else torch.linalg.eigh(means.T.cov(correction=0)).eigenvectors[:, -2:]
-        self._plane = 0.95 * plane / (means @ plane).abs().amax(0).clamp(min=2.5)  # on the map from -1 to 1
-        points = means @ self._plane
-        names = sorted((float(points[labels == label, 1].median()), label) for label in labels.unique().tolist())
-        slots = torch.linspace(-1, 1, len(names)) * min(0.9, 0.1 * len(names))
-        with plt.style.context(vh.STYLE, after_reset=True):  # not in the reader's style
-            axes = Figure((3.5, 3.5), layout="none").add_axes((0, 0, 1, 1), xlim=(-1, 1), ylim=(-1, 1), xticks=[], yticks=[])
-            for (middle, label), slot in zip(names, slots, strict=True):  # names move half way to slots: none hides another
-                mine, colour = points[labels == label], vh.COLOURS[label % len(vh.COLOURS)]
-                axes.scatter(*mine.T, s=8, color=colour, alpha=0.6, linewidths=0)
-                axes.text(mine[:, 0].median(), (middle + slot) / 2, self.data.classes[label], ha="center", va="center",
-                          fontsize=7.5, parse_math=False, bbox={"fc": "white", "ec": colour, "boxstyle": "round,pad=0.15"})
-            axes.figure.savefig(file := io.BytesIO(), format="png")
-        self._map = torch.tensor(plt.imread(io.BytesIO(file.getvalue())))[..., :3].permute(2, 0, 1)
-
     def encode(self, index: int) -> None:
         """Goes to the mean of q(z|x) of the test image ``index``, shown beside its reconstruction, and to its label."""
         if index not in range(len(self.data.test)):
             raise ValueError(f"index is {index!r}; it must be a whole number from 0 to {len(self.data.test) - 1}")
         part = self.data.test[int(index)]
         self._move(vh.encode_all(self.model, part)[0][0], int(part.labels[0]) if self.labels.options else None)
-        self.index.value, self.pair.value = int(index), self._png(torch.cat([part.batch()[0][0], self._shown], 1))
+        self.index.value, self.pair.value = int(index), png(torch.cat([part.batch()[0][0], self._shown], 1))
 
     def _sample(self) -> None:
         with vh.seeded(self._random.randrange(2**31)), torch.no_grad():
@@ -123,10 +144,8 @@ class LatentExplorer(widgets.VBox):
         label = self.label if label is None else names.index(label) if label in names else int(label)
         self._shown = vh.mean_images(self.model, z[None], label)[0]
         self._z, self._moving = z, True
-        self.image.value, self.labels.index = self._png(self._shown), label
-        (x, y), places = (z.double() @ self._plane).clamp(-0.95, 0.95), torch.linspace(-1, 1, self._map.shape[-1])
-        off_the_ring = (torch.hypot(places - x, places[:, None] + y) - 0.06).abs()
-        self.map.value = self._png(self._map * (140 * off_the_ring - 1).clamp(0, 1))  # black on it
+        self.image.value, self.labels.index = png(self._shown), label
+        self.map.value = self._map.at(z)
         for dim, slider in self.sliders.items():  # on a binary grid: other values the page rounds and sends back
             slider.value = round(16 * float(z[dim].clamp(-4, 4))) / 16
         self._moving = False
@@ -145,6 +164,128 @@ class LatentExplorer(widgets.VBox):
             figure.savefig(file := io.BytesIO(), format="png")
         return file.getvalue()
 
-    def _png(self, image: Tensor) -> bytes:
-        save_image(image, file := io.BytesIO(), format="png")
-        return file.getvalue()
+
+class Canvas(anywidget.AnyWidget):
+    """A square to draw on. ``ink``: its 112 x 112 grey levels as bytes; a change of ``cleared`` empties it."""
+
+    ink = traitlets.Any(b"").tag(sync=True)
+    cleared = traitlets.Int(0).tag(sync=True)
+    _esm = """
+    const side = 112, zoom = 2;
+    function render({model, el}) {
+        const canvas = document.createElement("canvas"), small = document.createElement("canvas");
+        canvas.width = canvas.height = zoom * side;
+        small.width = small.height = side;
+        canvas.className = "pad";
+        canvas.style.touchAction = "none";  // a finger draws, and does not scroll
+        canvas.style.cursor = "crosshair";
+        const pen = canvas.getContext("2d"), reader = small.getContext("2d", {willReadFrequently: true});
+        const clear = () => pen.fillRect(0, 0, canvas.width, canvas.height);
+        clear();
+        Object.assign(pen, {strokeStyle: "white", lineWidth: 9 * zoom, lineCap: "round", lineJoin: "round"});
+        let last = null, due = false;
+        function send() {  // at most once for each frame of the page
+            if (due) return;
+            due = true;
+            requestAnimationFrame(() => {
+                due = false;
+                reader.drawImage(canvas, 0, 0, side, side);
+                const rgba = reader.getImageData(0, 0, side, side).data;
+                model.set("ink", new DataView(Uint8Array.from({length: side * side}, (_, i) => rgba[4 * i]).buffer));
+                model.save_changes();
+            });
+        }
+        function draw(event) {
+            const box = canvas.getBoundingClientRect();
+            const at = [event.clientX - box.left, event.clientY - box.top].map(v => v * canvas.width / box.width);
+            pen.beginPath();
+            pen.moveTo(...(last ?? at));
+            pen.lineTo(...at);
+            pen.stroke();
+            last = at;
+            send();
+        }
+        canvas.addEventListener("pointerdown", event => { canvas.setPointerCapture(event.pointerId); draw(event); });
+        canvas.addEventListener("pointermove", event => { if (last) draw(event); });
+        for (const end of ["pointerup", "pointercancel"]) canvas.addEventListener(end, () => { last = null; });
+        model.on("change:cleared", clear);
+        el.append(canvas);
+    }
+    export default {render};
+    """
+
+
+def like_mnist(ink: Tensor) -> Tensor:
+    """A drawing [H, W], light on dark in [0, 1], made into an image [1, 28, 28] as those of MNIST were: its ink scaled into
+    20 x 20 pixels, the centre of mass in the middle (LeCun et al. 1998). Zeros without ink."""
+    image, (rows, columns) = torch.zeros(1, 28, 28), ((ink > 0.5).any(dim).nonzero()[:, 0] for dim in (1, 0))
+    if not len(rows):
+        return image
+    box = ink[None, rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+    size = [max(1, round(20 * side / max(box.shape))) for side in box.shape[1:]]
+    small = resize(box, size, antialias=True).clamp(0, 1)
+    share = small[0] / small.sum()
+    top, left = (int((14 - (share.sum(dim) * torch.arange(n)).sum()).round().clamp(0, 28 - n))
+                 for dim, n in zip((1, 0), size, strict=True))
+    image[:, top:top + size[0], left:left + size[1]] = small
+    return image
+
+
+class DrawingPad(widgets.VBox):
+    """A square to draw a digit on. While you draw: the image made of it, its reconstruction, q(z|x) of the eight latents of
+    largest KL, its place on the map, and the five test images with the nearest codes.
+
+    ``explorer``: a LatentExplorer of the same model, to which the button sends the code. A program draws by ``draw`` and
+    reads ``x`` [1, 28, 28] and ``z`` [latent_dim]. Raises ValueError for other images than grey ones of 28 x 28, and for a
+    model that takes labels."""
+
+    def __init__(self, model: torch.nn.Module, data: vh.ImageData, *, explorer: LatentExplorer | None = None):
+        if data.image_shape != (1, 28, 28):
+            raise ValueError(f"data has images of shape {data.image_shape}; drawings are grey, (1, 28, 28)")
+        if getattr(model, "num_classes", 0):
+            raise ValueError(f"model takes labels of {model.num_classes} classes; a drawing has none")
+        self.model, self.explorer = model, explorer
+        part = data.test[torch.linspace(0, len(data.test) - 1, min(len(data.test), 2000)).long()]
+        self._images, self._means = part.batch()[0], vh.encode_all(model, part)[0]
+        self._dims = vh.kl_per_dim(model, part).argsort(descending=True)[:8]
+        self._map = Map(self._means, part.labels, data.classes)
+        self.canvas, self.status = Canvas(), widgets.HTML()
+        self.image, self.recon, self.posterior, self.map, self.near = (
+            widgets.Image(width=width, height=height)
+            for width, height in ((112, 112), (224, 224), (224, 112), (280, 280), (560, 112)))
+        buttons = [("clear", self.clear), ("send to the explorer", self._send)]
+        self.buttons = {name: widgets.Button(description=name, layout={"width": "auto"}) for name, _ in buttons}
+        for name, action in buttons:
+            self.buttons[name].on_click(lambda button, action=action: action())
+        self.buttons["send to the explorer"].disabled = explorer is None
+        self.canvas.observe(lambda change: self.draw(torch.frombuffer(bytearray(change.new), dtype=torch.uint8)
+                                                     .view(112, 112) / 255), "ink")
+        boxes = [[self.canvas, "draw here"], [self.image, "x", self.posterior, f"q(z|x) of z{self._dims.tolist()}"],
+                 [self.recon, "mean of p(x|z)"], [self.map, "map of the test images"]]
+        boxes = [widgets.VBox([widgets.Label(part) if isinstance(part, str) else part for part in box]) for box in boxes]
+        sharp = widgets.HTML("<style>.drawing img {image-rendering: pixelated}</style>")
+        super().__init__([widgets.HBox(boxes, layout={"flex_flow": "row wrap", "grid_gap": "4px"}),
+                          widgets.HBox([*self.buttons.values(), self.status, sharp]), self.near,
+                          widgets.Label("test images with the nearest codes")], _dom_classes=["drawing"])
+        self.clear()
+
+    def clear(self) -> None:
+        """Empties the square."""
+        self.canvas.cleared += 1
+        self.draw(torch.zeros(112, 112))
+
+    def draw(self, ink: Tensor) -> None:
+        """Shows what the model makes of a drawing [H, W], light on dark in [0, 1]."""
+        self.x = like_mnist(ink)
+        split = vh.Split((self.x[None] > 0.5).mul(255).byte(), torch.zeros(1, dtype=torch.int64))  # the encoder knows bits
+        (self.z,), (stddev,) = vh.encode_all(self.model, split)
+        grid = torch.linspace(-4, 4, 160)
+        density = Normal(self.z[self._dims, None], stddev[self._dims, None]).log_prob(grid).exp()
+        near = (self._means - self.z).norm(dim=1).argsort()[:5]
+        self.image.value, self.recon.value = png(self.x), png(vh.mean_images(self.model, self.z[None])[0])
+        self.posterior.value = png((density / density.amax(1, keepdim=True)).repeat_interleave(10, 0)[None])
+        self.map.value, self.near.value = self._map.at(self.z), png(torch.cat([*self._images[near]], dim=2))
+
+    def _send(self) -> None:
+        self.explorer.z = self.z
+        self.status.value = "sent: see the panel"

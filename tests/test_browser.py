@@ -333,6 +333,62 @@ def test_512_latents_open_with_eight_sliders(page):
     changed(wide, "image", image)
 
 
+def test_from_stroke_to_reconstruction(page):
+    pad = page.locator(".drawing").first
+    pad.scroll_into_view_if_needed()
+    canvas, recon = pad.locator("canvas.pad"), pad.locator("img").nth(2)
+    recon.evaluate(f"""image => {{
+        const pixels = {PIXELS}, state = window.drawing = {{times: [], start: 0}};
+        let before = pixels(image);
+        document.addEventListener("pointermove", () => {{ state.start = performance.now(); }}, true);
+        image.addEventListener("load", () => requestAnimationFrame(() => {{
+            const now = performance.now(), after = pixels(image);
+            if (after !== before) state.times.push(now - state.start);
+            before = after;
+        }}));
+    }}""")
+    box = canvas.bounding_box()
+    places = [(0.3 + 0.4 * (stroke % 7) / 7, 0.2 + 0.6 * (stroke % 5) / 5) for stroke in range(51)]
+    for _ in range(3):  # other processes may hold the cores for a while
+        press(pad, "clear")
+        times = []
+        for (x, y), (u, v) in zip(places, places[1:], strict=False):
+            if len(times) % 5 == 0:
+                press(pad, "clear")
+            page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
+            page.mouse.down()
+            time.sleep(0.3)  # what the dot changes has come back
+            page.evaluate("window.drawing.times = []")
+            page.mouse.move(box["x"] + u * box["width"], box["y"] + v * box["height"], steps=3)
+            page.wait_for_function("window.drawing.times.length", timeout=10_000)
+            times.append(page.evaluate("window.drawing.times.at(-1)"))
+            page.mouse.up()
+        times.sort()
+        print(f"\nstroke to new reconstruction over {len(times)} strokes: median {statistics.median(times):.0f} ms, "
+              f"95th percentile {times[47]:.0f} ms")
+        if times[47] < 150:
+            return
+    raise AssertionError("the 95th percentile is above 150 ms three times")
+
+
+def test_a_drawn_seven_goes_to_the_explorer(page, panel):
+    pad = page.locator(".drawing").first
+    pad.scroll_into_view_if_needed()
+    press(pad, "clear")
+    box = pad.locator("canvas.pad").bounding_box()
+    page.mouse.move(box["x"] + 0.25 * box["width"], box["y"] + 0.2 * box["height"])
+    page.mouse.down()
+    for x, y in ((0.72, 0.2), (0.45, 0.85)):
+        page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=10)
+    page.mouse.up()
+    time.sleep(1)
+    folder = vh.budget(vh.output_dir("images"), vh.output_dir("images"), vh.ROOT / "images")
+    pad.screenshot(path=folder / "drawing_pad.png")
+    before = settled(panel, "image")
+    press(pad, "send to the explorer")
+    changed(panel, "image", before)
+
+
 def test_closed_while_it_plays(panel, page, kernel):
     def run(code):
         reply = kernel.execute(code, reply=True, timeout=20)

@@ -11,12 +11,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from explorer import LatentExplorer
+from explorer import DrawingPad, LatentExplorer, like_mnist
 from IPython.core.formatters import DisplayFormatter
 from models import LinearGaussian, TinyVAE
 from PIL import Image
 from torch import nn
 from torch.distributions import Independent, Normal
+from torchvision.transforms.v2.functional import resize
 
 
 def build(latent_dim=4, num_classes=0, image_shape=(1, 28, 28)):
@@ -432,3 +433,49 @@ def test_a_move_is_fast(data):
         slider.value = -2 + move / 16
         times.append(time.perf_counter() - start)
     assert statistics.median(times) < 0.1
+
+
+@pytest.fixture(scope="module")
+def mnist():
+    return vh.load_data("mnist")
+
+
+def test_a_drawing_becomes_an_image_as_those_of_mnist(mnist):
+    x = mnist.test[:100].batch()[0]
+    large = torch.zeros(100, 1, 112, 112)
+    large[..., 3:87, 20:104] = resize(x, [84, 84], antialias=True).clamp(0, 1)  # three times as large, off the middle
+    made = torch.stack([like_mnist(one[0]) for one in large])
+    assert made.shape == x.shape and (made - x).abs().mean() < 0.35 * x.mean()
+    share = made[:, 0] / made.sum((1, 2, 3)).view(-1, 1, 1)
+    for dim in (1, 2):
+        centre = (share.sum(3 - dim) * torch.arange(28)).sum(1)
+        assert (centre - 14).abs().max() < 0.6
+    assert not like_mnist(torch.zeros(112, 112)).any()
+    one_dot = torch.zeros(50, 70)
+    one_dot[3, 4] = 1
+    assert like_mnist(one_dot).sum() > 100, "a dot fills the box"
+
+
+def test_the_pad_shows_what_the_model_makes_of_a_drawing(mnist):
+    torch.manual_seed(0)
+    model = vh.ConvVAE(latent_dim=5, channels=(4, 8), hidden=16).train()
+    explorer = LatentExplorer(model, mnist, num_sliders=2)
+    pad = DrawingPad(model, mnist, explorer=explorer)
+    seen = {name: getattr(pad, name).value for name in ("image", "recon", "posterior", "map", "near")}
+    ink = resize(mnist.test[:1].batch()[0], [112, 112])[0, 0]
+    pad.canvas.ink = ink.mul(255).round().byte().numpy().tobytes()  # as the page sends it
+    assert all(getattr(pad, name).value != before for name, before in seen.items())
+    assert torch.equal(pad.x, like_mnist((ink * 255).round() / 255))
+    means, _ = vh.encode_all(model, vh.Split((pad.x[None] > 0.5).mul(255).byte(), torch.zeros(1, dtype=torch.int64)))
+    torch.testing.assert_close(pad.z, means[0])
+    pad.buttons["send to the explorer"].click()
+    assert torch.equal(explorer.z, pad.z) and model.training
+    pad.buttons["clear"].click()
+    assert not pad.x.any()
+
+
+@pytest.mark.parametrize("changed, name", [({"num_classes": 10}, "model"), ({"image_shape": (3, 32, 32)}, "data")])
+def test_the_pad_refuses_what_cannot_be_drawn(mnist, changed, name):
+    data = vh.load_data("photos") if name == "data" else mnist
+    with pytest.raises(ValueError, match=name):
+        DrawingPad(vh.ConvVAE(latent_dim=2, channels=(4, 8), hidden=16, **changed), data)

@@ -178,7 +178,7 @@ ERRORS = {  # what should notice -> what is wrong, the function, method or class
     "tests/test_explorer.py": [
         ("explorer: latents in the wrong order", "LatentExplorer.__init__", "kl.argsort(descending=True)", "kl.argsort()"),
         ("explorer: sliders turned round", "LatentExplorer.__init__", "self.sliders[dim].value", "-self.sliders[dim].value"),
-        ("explorer: plane of the smallest variance", "LatentExplorer._draw_map",
+        ("explorer: plane of the smallest variance", "Map.__init__",
          "torch.linalg.eigh(means.T.cov(correction=0)).eigenvectors[:, -2:]",
          "torch.linalg.eigh(means.T.cov(correction=0)).eigenvectors[:, :2]"),
         ("explorer: a walk through the middle of the line", "LatentExplorer._step",
