@@ -34,8 +34,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum, EnumMeta
-from functools import partial
+from functools import cached_property, partial
 from http.client import HTTPException
+from itertools import zip_longest
 from pathlib import Path
 from unittest.mock import patch
 
@@ -333,10 +334,17 @@ def _load_folder(folder: Path, root: Path, channels: int, image_size: int, stack
 
 def _pictures(folder: Path) -> dict[str, list[Path]]:
     """Class -> its files, in order. What is hidden or made by a system is neither, and an empty folder is no class."""
-    systems = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini"}
-    found = {part.name: sorted(file for file in part.rglob("*") if not file.is_dir() and not any(
-        name.startswith(".") or name in systems for name in file.relative_to(folder).parts))
-        for part in sorted(folder.iterdir()) if part.is_dir()}
+    systems, found = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini"}, {}
+    for part in sorted(part for part in folder.iterdir() if part.is_dir()):
+        seen, files = {os.path.realpath(folder)}, []
+        for at, folders, names in os.walk(part, followlinks=True):
+            if os.path.realpath(at) in seen:  # a link that leads back
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(at))
+            files += [Path(at) / name for name in names]
+        found[part.name] = sorted(file for file in files if not any(
+            name.startswith(".") or name in systems for name in file.relative_to(folder).parts))
     return {name: files for name, files in found.items() if files}
 
 
@@ -807,11 +815,12 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
     history, done, run = History(), -1, {}
     if checkpoint:
         things = arguments | {"model": model, "data.train": vars(data.train), "data.test": vars(data.test)}
-        run = {name: _Fingerprint([*model.parameters(), *model.buffers()])(thing) for name, thing in things.items()}
-    if checkpoint and (state := _resume(checkpoint, run, rank, world)):
-        for part, name in ((model, "model"), (opt, "optimizer"), (schedule, "schedule")):
-            part.load_state_dict(state[name])
-        history, done = History(**state["history"]), state["epoch"]
+        trained = [*model.parameters(), *model.buffers()]
+        run = {name: _Fingerprint(trained)(thing) for name, thing in things.items()}
+        if state := _resume(checkpoint, run, rank, world):
+            for part, name in ((model, "model"), (opt, "optimizer"), (schedule, "schedule")):
+                part.load_state_dict(state[name])
+            history, done = History(**state["history"]), state["epoch"]
 
     def end_epoch(epoch: int) -> None:
         kept = on_epoch(model, epoch) if on_epoch else None
@@ -946,11 +955,10 @@ def _resume(checkpoint: Path, run: dict[str, str], rank: int, world: int) -> dic
         if checkpoint.exists():
             state = [_read(checkpoint, "run", "epoch", "history", "model", "optimizer", "schedule")]
             for name, text in run.items():
-                if text != (before := state[0]["run"].get(name, "")):
-                    lines = before.splitlines(), text.splitlines()
-                    there, here = (next((line for line in one if line not in two), "") for one, two in (lines, lines[::-1]))
-                    raise ValueError(f"{checkpoint} is of another run: {name} has {there!r} there, {here!r} here. Give "
-                                     "another path, or delete the file to train anew.")
+                for before, now in zip_longest(state[0]["run"].get(name, "").splitlines(), text.splitlines()):
+                    if before != now:
+                        raise ValueError(f"{checkpoint} is of another run: {name} has {before!r} there, {now!r} here. Give "
+                                         "another path, or delete the file to train anew.")
             written = time.strftime("%Y-%m-%d %H:%M", time.localtime(checkpoint.stat().st_mtime))
             print(f"{checkpoint.name}: going on from epoch {state[0]['epoch']}, written {written}")
     if world > 1:
@@ -990,15 +998,15 @@ class _Fingerprint:
         title = f"{kind.__qualname__} {'' if kind is thing else getattr(thing, '__name__', '')}"
         if installed and hasattr(thing, "__wrapped__"):  # by functools.cache, contextmanager, torch.no_grad, ...
             return self(thing.__wrapped__)
-        plain = not layer and (kind.__module__ or "").partition(".")[0] not in ("torch", "torchvision", "types", "argparse")
-        if id(thing) in self.seen or installed and (kind is thing or plain):
+        settings = layer or str(kind.__module__).startswith(("torch", "types", "argparse"))
+        if id(thing) in self.seen or installed and (kind is thing or not settings):
             return title
         self.seen.add(id(thing))
         if isinstance(thing, types.FunctionType):
             return self.function(thing)
         if isinstance(thing, type):
-            parts = {name: getattr(value, "fget", getattr(value, "__func__", getattr(value, "func", value)))
-                     for name, value in vars(thing).items()}
+            parts = {name: value.func if isinstance(value, cached_property) else getattr(
+                value, "fget", getattr(value, "__func__", value)) for name, value in vars(thing).items()}
             made = {"__dataclass_fields__", "_fields"} & parts.keys()  # with private methods that no reader wrote
             parts = {name: value for name, value in parts.items() if not name.startswith("_") or (
                 not self.installed(value) and not (made and value.__code__.co_filename == "<string>")
@@ -1016,7 +1024,8 @@ class _Fingerprint:
         codes, named, used = [function.__code__], set(), function.__globals__
         for code in codes:  # grows by the functions inside
             codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-            named |= {step.argval for step in dis.get_instructions(code) if step.opname.endswith(("_GLOBAL", "_NAME"))}
+            steps = dis.get_instructions(code)
+            named |= {step.argval for step in steps if "_GLOBAL" in step.opname or "_NAME" in step.opname}
         reads = {name: used[name] for name in named if name in used}
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             with suppress(ValueError):  # an empty cell

@@ -641,12 +641,15 @@ def test_a_folder_zipped_elsewhere(tmp_path, offline):
 
 
 def test_links(tmp_path, pets):
-    """To a class and to a picture elsewhere: followed. To nothing: listed, and read once it leads somewhere."""
+    """To a class, a folder in it or a picture elsewhere: followed. To nothing: listed, and read once it leads somewhere."""
     write_pictures(tmp_path / "elsewhere", 4)
     write_pictures(pets, 4, classes=["dog"])
     (pets / "cat").symlink_to(tmp_path / "elsewhere/cat")
     (pets / "dog/linked.png").symlink_to(tmp_path / "elsewhere/dog/0000.png")
     assert sum(sizes(vh.load_data(pets))) == 9
+    (pets / "dog/more").symlink_to(tmp_path / "elsewhere/dog")
+    assert sum(sizes(vh.load_data(pets))) == 13
+    (pets / "dog/more").unlink()
     (pets / "dog/dangling.png").symlink_to(tmp_path / "later.png")
     (pets / "fish").symlink_to(tmp_path / "nowhere")
     for _ in range(2):

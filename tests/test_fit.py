@@ -682,6 +682,22 @@ class Loss:
     def beta(self): return ONE
     def __call__(self, model, x, y): return scaled(model, x, y, self.beta)
 objective = Loss()
+## a partial in a class
+class Loss:
+    of = staticmethod(partial(scaled, by=ONE))
+    def __call__(self, model, x, y): return self.of(model, x, y)
+objective = Loss()
+## the func of an object in a class
+class Loss:
+    held = types.SimpleNamespace(func=0, by=ONE)
+    def __call__(self, model, x, y): return scaled(model, x, y, self.held.by)
+objective = Loss()
+## a global in a class inside
+BETA = ONE
+def objective(model, x, y):
+    class Inner:
+        beta = BETA
+    return scaled(model, x, y, Inner.beta)
 ## the base of a class
 class Base:
     def weight(self): return ONE
