@@ -3,6 +3,7 @@
 import html
 import io
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import anywidget
@@ -26,10 +27,14 @@ def png(image: Tensor) -> bytes:
 
 
 class Map:
-    """A map of the plane of largest variance of the codes ``means`` [N, latent_dim], with the names of their ``classes``."""
+    """Codes of at most ``most`` images of ``data.test`` (``part``): their ``means`` [N, latent_dim], the mean KL of each
+    latent (``kl``, nats), and a map of their plane of largest variance with the names of the classes."""
 
-    def __init__(self, means: Tensor, labels: Tensor, classes: tuple[str, ...]):
-        means = means.double()
+    def __init__(self, model: torch.nn.Module, data: vh.ImageData, most: int):
+        self.part = data.test[torch.linspace(0, len(data.test) - 1, min(len(data.test), most)).long()]
+        self.means, stddevs = vh.encode_all(model, self.part)
+        self.kl = vh.gaussian_kl(self.means[..., None], 2 * stddevs[..., None].log()).mean(0)
+        means, labels, classes = self.means.double(), self.part.labels, data.classes
         flat = torch.eye(2)[:means.shape[1]].to(means)  # one or two latents are shown as they are
         plane = flat if means.shape[1] < 3 else torch.linalg.eigh(means.T.cov(correction=0)).eigenvectors[:, -2:]
         self.plane = 0.95 * plane / (means @ plane).abs().amax(0).clamp(min=2.5)  # on the map from -1 to 1
@@ -53,7 +58,29 @@ class Map:
         return png(self.picture * (140 * off_the_ring - 1).clamp(0, 1))  # black on it
 
 
-class LatentExplorer(widgets.VBox):
+class Panel(widgets.VBox):
+    """Buttons for ``actions`` and a line of text, ``status``, in which what fails at a widget is written."""
+
+    def __init__(self, kind: str, actions: dict[str, Callable[[], None]]):
+        super().__init__(_dom_classes=["panel", kind])
+        self.status, self.sharp = widgets.HTML(), widgets.HTML("<style>.panel img {image-rendering: pixelated}</style>")
+        self.buttons = {name: widgets.Button(description=name, layout={"width": "auto"}) for name in actions}
+        for name, button in self.buttons.items():
+            button.on_click(lambda button, action=actions[name]: self.act(action))
+
+    def act(self, action: Callable[[], None]) -> None:
+        """Answers a widget at once: meanwhile the page holds back all but its newest value, so no stale frames queue up."""
+        try:
+            self.status.value = ""
+            action()
+        except Exception as error:  # a traceback would go to a log that nobody has open
+            self.status.value = html.escape(f"{type(error).__name__}: {error}")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}: moves where a kernel runs"
+
+
+class LatentExplorer(Panel):
     """Panel that moves z by hand and shows the mean image of p(x|z), for any model whose q(z|x) is over vectors.
 
     Sliders for the ``num_sliders`` latents of largest KL, on at most 1,000 images of ``data.test``; a map of the plane of
@@ -65,12 +92,15 @@ class LatentExplorer(widgets.VBox):
                  folder: str | Path | None = None):
         if num_sliders not in range(1, 1000):
             raise ValueError(f"num_sliders is {num_sliders!r}; it must be a whole number from 1 to 999")
-        part = data.test[torch.linspace(0, len(data.test) - 1, min(len(data.test), 1000)).long()]
-        means, kl = vh.encode_all(model, part)[0], vh.kl_per_dim(model, part)
-        super().__init__(_dom_classes=["explorer"])
+        super().__init__("explorer", {
+            "encode": lambda: self.encode(self.index.value),
+            "random image": lambda: self.encode(self._random.randrange(len(data.test))), "prior sample": self._sample,
+            "reset": lambda: self._move(torch.zeros_like(self._z)), "save": self._save,
+            "keep A": lambda: self.kept.update(A=self._z), "keep B": lambda: self.kept.update(B=self._z)})
         self.model, self.data, self.folder, self._random = model, data, folder, random.Random(seed)
-        self._z, self._moving, self.kept = means[0], False, {"A": means[0], "B": torch.zeros_like(means[0])}
-        self._map = Map(means, part.labels, data.classes)
+        self._map = Map(model, data, 1000)
+        self._z, kl, self._moving = self._map.means[0], self._map.kl, False
+        self.kept = {"A": self._z, "B": torch.zeros_like(self._z)}
         wide = {"layout": {"width": "320px"}, "style": {"description_width": "110px"}}
         self.sliders = {dim: widgets.FloatSlider(description=f"z[{dim}], {kl[dim]:.2f} nats", min=-4, max=4, step=1 / 16,
                                                  **wide) for dim in kl.argsort(descending=True)[:int(num_sliders)].tolist()}
@@ -82,21 +112,14 @@ class LatentExplorer(widgets.VBox):
         for widget, action in [(self.labels, lambda: self._move(self._z)), (self.walk, self._step), *(
                 (slider, lambda dim=dim: self._move(self._z.index_fill(0, torch.tensor(dim), self.sliders[dim].value)))
                 for dim, slider in self.sliders.items())]:
-            widget.observe(lambda change, action=action: self._moving or self._act(action), "value")
-        actions = {"encode": lambda: self.encode(self.index.value),
-                   "random image": lambda: self.encode(self._random.randrange(len(data.test))),
-                   "prior sample": self._sample, "reset": lambda: self._move(torch.zeros_like(self._z)), "save": self._save,
-                   "keep A": lambda: self.kept.update(A=self._z), "keep B": lambda: self.kept.update(B=self._z)}
-        self.buttons = {name: widgets.Button(description=name, layout={"width": "auto"}) for name in actions}
-        for name, button in self.buttons.items():
-            button.on_click(lambda button, action=actions[name]: self._act(action))
+            widget.observe(lambda change, action=action: self._moving or self.act(action), "value")
         self.image, self.pair, self.map = (widgets.Image(width=width) for width in (280, 140, 280))
-        self.status, sharp = widgets.HTML(), widgets.HTML("<style>.explorer img {image-rendering: pixelated}</style>")
         columns = [[*[self.labels][:len(self.labels.options)], *self.sliders.values()],
                    [self.image, widgets.Label("mean of p(x|z)")], [self.pair, widgets.Label("test, reconstruction")],
                    [self.map, widgets.Label("map of the test images")]]
         self.children = [widgets.HBox(row, layout={"flex_flow": "row wrap", "grid_gap": "4px"}) for row in (
-            [*map(widgets.VBox, columns)], [self.index, *self.buttons.values(), self.play, self.walk], [self.status, sharp])]
+            [*map(widgets.VBox, columns)], [self.index, *self.buttons.values(), self.play, self.walk],
+            [self.status, self.sharp])]
         self.encode(0)
 
     def encode(self, index: int) -> None:
@@ -125,14 +148,6 @@ class LatentExplorer(widgets.VBox):
         angle = torch.cosine_similarity(a, b, dim=0).clamp(-1, 1).acos()
         arc = (((1 - t) * angle).sin() * a + (t * angle).sin() * b) / angle.sin()
         self._move(arc if angle.sin() > 1e-3 else torch.lerp(a, b, t))
-
-    def _act(self, action) -> None:
-        """Answers a widget at once: meanwhile the page holds back all but its newest value, so no stale frames queue up."""
-        try:
-            self.status.value = ""
-            action()
-        except Exception as error:  # a traceback would go to a log that nobody has open
-            self.status.value = html.escape(f"{type(error).__name__}: {error}")
 
     def _move(self, z: Tensor, label: int | str | None = None) -> None:
         """Goes to ``z`` and ``label``: decodes once, and takes every picture and slider there."""
@@ -231,7 +246,7 @@ def like_mnist(ink: Tensor) -> Tensor:
     return image
 
 
-class DrawingPad(widgets.VBox):
+class DrawingPad(Panel):
     """A square to draw a digit on. While you draw: the image made of it, its reconstruction, q(z|x) of the eight latents of
     largest KL, its place on the map, and the five test images with the nearest codes.
 
@@ -244,29 +259,21 @@ class DrawingPad(widgets.VBox):
             raise ValueError(f"data has images of shape {data.image_shape}; drawings are grey, (1, 28, 28)")
         if getattr(model, "num_classes", 0):
             raise ValueError(f"model takes labels of {model.num_classes} classes; a drawing has none")
-        self.model, self.explorer = model, explorer
-        part = data.test[torch.linspace(0, len(data.test) - 1, min(len(data.test), 2000)).long()]
-        self._images, self._means = part.batch()[0], vh.encode_all(model, part)[0]
-        self._dims = vh.kl_per_dim(model, part).argsort(descending=True)[:8]
-        self._map = Map(self._means, part.labels, data.classes)
-        self.canvas, self.status = Canvas(), widgets.HTML()
+        super().__init__("drawing", {"clear": self.clear, "send to the explorer": self._to_explorer})
+        self.model, self.explorer, self.canvas, self._map = model, explorer, Canvas(), Map(model, data, 2000)
+        self._dims = self._map.kl.argsort(descending=True)[:8]
         self.image, self.recon, self.posterior, self.map, self.near = (
             widgets.Image(width=width, height=height)
             for width, height in ((112, 112), (224, 224), (224, 112), (280, 280), (560, 112)))
-        buttons = [("clear", self.clear), ("send to the explorer", self._send)]
-        self.buttons = {name: widgets.Button(description=name, layout={"width": "auto"}) for name, _ in buttons}
-        for name, action in buttons:
-            self.buttons[name].on_click(lambda button, action=action: action())
         self.buttons["send to the explorer"].disabled = explorer is None
-        self.canvas.observe(lambda change: self.draw(torch.frombuffer(bytearray(change.new), dtype=torch.uint8)
-                                                     .view(112, 112) / 255), "ink")
+        self.canvas.observe(lambda change: self.act(lambda: self.draw(
+            torch.frombuffer(bytearray(change.new), dtype=torch.uint8).view(112, 112) / 255)), "ink")
         boxes = [[self.canvas, "draw here"], [self.image, "x", self.posterior, f"q(z|x) of z{self._dims.tolist()}"],
                  [self.recon, "mean of p(x|z)"], [self.map, "map of the test images"]]
         boxes = [widgets.VBox([widgets.Label(part) if isinstance(part, str) else part for part in box]) for box in boxes]
-        sharp = widgets.HTML("<style>.drawing img {image-rendering: pixelated}</style>")
-        super().__init__([widgets.HBox(boxes, layout={"flex_flow": "row wrap", "grid_gap": "4px"}),
-                          widgets.HBox([*self.buttons.values(), self.status, sharp]), self.near,
-                          widgets.Label("test images with the nearest codes")], _dom_classes=["drawing"])
+        self.children = [widgets.HBox(boxes, layout={"flex_flow": "row wrap", "grid_gap": "4px"}),
+                         widgets.HBox([*self.buttons.values(), self.status, self.sharp]), self.near,
+                         widgets.Label("test images with the nearest codes")]
         self.clear()
 
     def clear(self) -> None:
@@ -281,11 +288,11 @@ class DrawingPad(widgets.VBox):
         (self.z,), (stddev,) = vh.encode_all(self.model, split)
         grid = torch.linspace(-4, 4, 160)
         density = Normal(self.z[self._dims, None], stddev[self._dims, None]).log_prob(grid).exp()
-        near = (self._means - self.z).norm(dim=1).argsort()[:5]
+        near = (self._map.means - self.z).norm(dim=1).argsort()[:5]
         self.image.value, self.recon.value = png(self.x), png(vh.mean_images(self.model, self.z[None])[0])
         self.posterior.value = png((density / density.amax(1, keepdim=True)).repeat_interleave(10, 0)[None])
-        self.map.value, self.near.value = self._map.at(self.z), png(torch.cat([*self._images[near]], dim=2))
+        self.map.value, self.near.value = self._map.at(self.z), png(torch.cat([*self._map.part[near].batch()[0]], dim=2))
 
-    def _send(self) -> None:
+    def _to_explorer(self) -> None:
         self.explorer.z = self.z
         self.status.value = "sent: see the panel"

@@ -470,6 +470,9 @@ def test_the_pad_shows_what_the_model_makes_of_a_drawing(mnist):
     torch.testing.assert_close(pad.z, means[0])
     pad.buttons["send to the explorer"].click()
     assert torch.equal(explorer.z, pad.z) and model.training
+    explorer.model = None
+    pad.buttons["send to the explorer"].click()
+    assert "Error" in pad.status.value, "what fails is said on the pad"
     pad.buttons["clear"].click()
     assert not pad.x.any()
 
