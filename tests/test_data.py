@@ -998,11 +998,11 @@ print(json.dumps([measure(Path(sys.argv[1]) / name) for name in ("small", "large
 def test_a_large_folder_costs_no_memory(tmp_path, offline):
     """Anonymous memory, which only swap could take back: the most while pictures are decoded, and after an epoch."""
     picture = Image.fromarray(np.arange(512 * 512 // 64, dtype=np.uint8).reshape(64, 64)).resize((512, 512)).convert("RGB")
-    for name, count in (("small", 12), ("large", 120)):
+    for name, count in (("small", 12), ("large", 240)):
         (tmp_path / name / "only").mkdir(parents=True)
         for i in range(count):
             picture.save(tmp_path / name / f"only/{i}.bmp") if i == 0 else os.link(
                 tmp_path / name / "only/0.bmp", tmp_path / name / f"only/{i}.bmp")
     out = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], cwd=vh.ROOT, capture_output=True, text=True, check=True)
     (peak_small, after_small), (peak_large, after_large) = json.loads(out.stdout.splitlines()[-1])
-    assert peak_large - peak_small < 40 and after_large - after_small < 40, "the pixels alone are 94 MB"
+    assert peak_large - peak_small < 90 and after_large - after_small < 90, "the pixels alone are 189 MB"
