@@ -16,7 +16,7 @@ import vae_helpers as vh
 
 NOTEBOOKS = sorted(path for path in (vh.ROOT / "notebooks").rglob("*.ipynb")
                    if ".ipynb_checkpoints" not in path.parts)  # JupyterLab's own copies
-OWN_PICTURES = ["01", "02", "03", "04"]  # the notebooks that take a folder of any classes, by number
+OWN_PICTURES = ["01", "02", "03", "04", "06"]  # the notebooks that take a folder of any classes, by number
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.name)

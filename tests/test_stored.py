@@ -12,23 +12,12 @@ sys.path.insert(0, str(ROOT / "tests" / "tools"))
 from store import code_checksum, is_stored, scrub
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-NOT_YET = {  # their outputs are older than the checksum; a name leaves when its notebook has been stored
-    "05_cifar10.ipynb",
-    "06_conditional_vae.ipynb",
-}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_outputs_come_from_a_full_run_of_this_code(path):
-    stored = is_stored(nbformat.read(path, as_version=4))
-    if path.name in NOT_YET:
-        assert not stored, f"{path.name} is stored: take it out of NOT_YET"
-    else:
-        assert stored, f"the code of {path.name} changed: run tests/tools/store.py {path.name[:2]}"
-
-
-def test_notebooks_that_are_not_yet_stored_exist():
-    assert {path.name for path in NOTEBOOKS} >= NOT_YET
+    assert is_stored(nbformat.read(path, as_version=4)), (
+        f"the code of {path.name} changed: run tests/tools/store.py {path.name[:2]}")
 
 
 def code(*sources):
