@@ -640,11 +640,9 @@ class ConvVAE(nn.Module):
 
     def with_label(self, features: Tensor, y: Tensor | None) -> Tensor:
         """``features`` [B, n] with the one-hot label appended, [B, n + num_classes]; as they are without labels."""
-        if (y is None) != (self.num_classes == 0):
-            raise ValueError(f"y is {'missing' if y is None else 'given'}, but this model has {self.num_classes} classes")
+        _check_labels(y, len(features), self.num_classes)
         if y is None:
             return features
-        _check_labels(y, len(features), self.num_classes)
         return torch.cat([features, F.one_hot(y, self.num_classes).to(features.dtype)], dim=1)
 
     @torch.no_grad()
@@ -707,7 +705,11 @@ def mean_images(model: nn.Module, z: Tensor, label: int | None = None) -> Tensor
         return model.decode(z.to(here), y).mean.float().clamp(0, 1).cpu()
 
 
-def _check_labels(y: Tensor, count: int, num_classes: int) -> None:
+def _check_labels(y: Tensor | None, count: int, num_classes: int) -> None:
+    if (y is None) != (num_classes == 0):
+        raise ValueError(f"y is {'missing' if y is None else 'given'}, but this model has {num_classes} classes")
+    if y is None:
+        return
     if y.dtype != torch.int64 or y.shape != (count,):
         raise ValueError(f"y is {y.dtype} {list(y.shape)}; it must be int64 of shape [{count}]")
     if count and (y.min() < 0 or y.max() >= num_classes):

@@ -17,8 +17,12 @@ WIDTHS = {16: 32, 8: 64, 4: 96, 1: 128}  # channels of the features at each grid
 FREE = {1: 25, 4: 60}  # nats that free_bits gives the levels of these sizes
 
 
+def normed(convolution: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.BatchNorm2d(convolution.in_channels), nn.ReLU(), convolution)
+
+
 def layer(inputs: int, outputs: int, kernel: int = 3) -> nn.Sequential:
-    return nn.Sequential(nn.BatchNorm2d(inputs), nn.ReLU(), nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2))
+    return normed(nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2))
 
 
 def residual(wide: int) -> nn.Module:
@@ -66,28 +70,26 @@ class Ladder(nn.Module):
             raise ValueError(f"grids is {grids}; its sizes must be some of 1, 4, 8, 16, in this order")
         self.grids, self.num_classes, w = dict(grids), num_classes, WIDTHS
         top = next(iter(grids))
-        steps = {16: nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, w[16], 3, padding=1), residual(w[16])),
-                 8: nn.Sequential(nn.MaxPool2d(2), layer(w[16], w[8]), residual(w[8])),
-                 4: nn.Sequential(nn.MaxPool2d(2), layer(w[8], w[4]), residual(w[4])),
-                 1: nn.Sequential(nn.BatchNorm2d(w[4]), nn.ReLU(), nn.Conv2d(w[4], w[1], 4))}
-        self.down = nn.ModuleList([step for size, step in steps.items() if size >= top])
+        down = {16: nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, w[16], 3, padding=1), residual(w[16])),
+                8: nn.Sequential(nn.MaxPool2d(2), layer(w[16], w[8]), residual(w[8])),
+                4: nn.Sequential(nn.MaxPool2d(2), layer(w[8], w[4]), residual(w[4])),
+                1: normed(nn.Conv2d(w[4], w[1], 4))}
+        self.down = nn.ModuleDict({str(size): step for size, step in down.items() if size >= top})
         self.start = nn.Parameter(torch.zeros(max(1, num_classes), w[top], top, top))
         self.levels = nn.ModuleList([Level(w[size], latents) for size, latents in grids.items()])
-
-        def up(a, b, **options):
-            return nn.Sequential(nn.BatchNorm2d(a), nn.ReLU(), nn.ConvTranspose2d(a, b, 4, **options))
-
-        steps = {4: up(w[1], w[4]), 8: up(w[4], w[8], stride=2, padding=1), 16: up(w[8], w[16], stride=2, padding=1)}
-        self.up = nn.ModuleDict({str(size): step for size, step in steps.items() if size > top})
-        self.out = nn.Sequential(residual(w[16]), nn.BatchNorm2d(w[16]), nn.ReLU(),
-                                 nn.ConvTranspose2d(w[16], 24, 4, stride=2, padding=1), layer(24, 9, 1))
+        up = {4: normed(nn.ConvTranspose2d(w[1], w[4], 4)),
+              8: normed(nn.ConvTranspose2d(w[4], w[8], 4, stride=2, padding=1)),
+              16: normed(nn.ConvTranspose2d(w[8], w[16], 4, stride=2, padding=1))}
+        self.up = nn.ModuleDict({str(size): step for size, step in up.items() if size > top})
+        self.out = nn.Sequential(residual(w[16]), *normed(nn.ConvTranspose2d(w[16], 24, 4, stride=2, padding=1)),
+                                 layer(24, 9, 1))
         self.to(memory_format=torch.channels_last)
 
     def grow(self, features: Tensor, size: int) -> Tensor:
         """The features brought to ``size`` x ``size``."""
-        for step in (4, 8, 16):
-            if features.shape[-1] < step <= size:
-                features = self.up[str(step)](features)
+        for larger, step in self.up.items():
+            if features.shape[-1] < int(larger) <= size:
+                features = step(features)
         return features
 
     def descend(self, features: Tensor, choose) -> Distribution:
@@ -116,38 +118,37 @@ class Ladder(nn.Module):
     def look(self, x: Tensor) -> list[Tensor]:
         """What the encoder sees at the size of each level."""
         seen = {}
-        for step, size in zip(self.down, (16, 8, 4, 1), strict=False):
+        for size, step in self.down.items():
             x = seen[size] = step(x)
-        return [seen[size] for size in self.grids]
+        return [seen[str(size)] for size in self.grids]
 
     def top(self, count: int, y: Tensor | None) -> Tensor:
         """The features above the first level: learned, of each class its own."""
-        if (y is None) != (self.num_classes == 0):
-            raise ValueError(f"y is {'missing' if y is None else 'given'}, but this model has {self.num_classes} classes")
-        if y is None:
-            return self.start.expand(count, -1, -1, -1)
         vh._check_labels(y, count, self.num_classes)
-        return self.start[y]
+        return self.start.expand(count, -1, -1, -1) if y is None else self.start[y]
+
+    def from_prior(self, i: int, features: Tensor) -> Tensor:
+        """A draw of z from the prior of level i: the ``choose`` of a sample."""
+        return self.levels[i].prior(features).sample()
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, y: Tensor | None = None, keep: int | None = None) -> Tensor:
         """Mean images [B, 3, 32, 32], in eval mode. The first ``keep`` levels (None: all) hold the mean of q(z|x); the rest
         is drawn from the prior."""
-        self.eval()
-        seen = self.look(x)
-
         def choose(i, features):
-            p_z = self.levels[i].prior(features)
             if keep is None or i < keep:
-                return self.levels[i].posterior(p_z, features, seen[i]).mean
-            return p_z.sample()
-        return self.descend(self.top(len(x), y), choose).mean
+                return self.levels[i].posterior(self.levels[i].prior(features), features, seen[i]).mean
+            return self.from_prior(i, features)
+
+        with vh._eval_mode(self):
+            seen = self.look(x)
+            return self.descend(self.top(len(x), y), choose).mean
 
     @torch.no_grad()
     def sample(self, num_images: int, y: Tensor | None = None) -> Tensor:
         """Mean images [num_images, 3, 32, 32] at draws z of the prior, in eval mode."""
-        self.eval()
-        return self.descend(self.top(num_images, y), lambda i, features: self.levels[i].prior(features).sample()).mean
+        with vh._eval_mode(self):
+            return self.descend(self.top(num_images, y), self.from_prior).mean
 
     @torch.no_grad()
     def for_samples(self, num_batches: int = 20, batch_size: int = 200) -> "Ladder":
@@ -159,8 +160,9 @@ class Ladder(nn.Module):
                 module.reset_running_stats()
                 module.momentum = None  # the mean over all batches
         y = torch.arange(batch_size, device=self.start.device) % self.num_classes if self.num_classes else None
+        other.train()
         for _ in range(num_batches):
-            other.train().descend(other.top(batch_size, y), lambda i, features: other.levels[i].prior(features).sample())
+            other.descend(other.top(batch_size, y), other.from_prior)
         return other.eval()
 
 
