@@ -483,6 +483,19 @@ def bits_per_dim(nats: Tensor | float, num_dims: int) -> Tensor | float:
     return -nats / (num_dims * math.log(2))
 
 
+def frechet(a: Tensor, b: Tensor) -> float:
+    """Fréchet distance of the Gaussians fitted to the rows of ``a`` [N, d] and ``b`` [M, d], features of images, squared:
+    |m_a - m_b|² + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), with means m and covariances S (Dowson and Landau 1982; for samples
+    Heusel et al. 2017, arXiv 1706.08500). Raises ValueError for fewer than two rows, other shapes, NaN."""
+    for name, rows in (("a", a), ("b", b)):
+        if rows.ndim != 2 or len(rows) < 2 or rows.shape[1:] != a.shape[1:] or not rows.isfinite().all():
+            raise ValueError(f"{name} has shape {list(rows.shape)}; it must be [N, d], N > 1, of finite features, d as in a")
+    a, b = a.cpu().double().numpy(), b.cpu().double().numpy()
+    S_a, S_b = np.cov(a.T), np.cov(b.T)
+    root = np.sqrt(np.linalg.eigvals(S_a @ S_b).real.clip(0)).sum()  # the trace of (S_a S_b)^(1/2)
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(S_a + S_b) - 2 * root)
+
+
 class DiscretizedLogistic(Distribution):
     """Probabilities of the levels 0, 1/255, ..., 1: what a logistic density of mean ``loc`` has in the bin of each. Bins
     are 1/255 wide; those of 0 and 1 take the tails (Kingma et al. 2016, arXiv 1606.04934, section 5.2). ``loc`` and

@@ -5,6 +5,8 @@ arXiv 1602.02282): p(z) is the product of p(z_l | z_1, ..., z_{l-1}), q(z|x) tha
 """
 
 import copy
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import matplotlib.pyplot as plt
 import torch
@@ -127,9 +129,9 @@ class Ladder(nn.Module):
         vh._check_labels(y, count, self.num_classes)
         return self.start.expand(count, -1, -1, -1) if y is None else self.start[y]
 
-    def from_prior(self, i: int, features: Tensor) -> Tensor:
-        """A draw of z from the prior of level i: the ``choose`` of a sample."""
-        return self.levels[i].prior(features).sample()
+    def from_prior(self, i: int, features: Tensor, given: Sequence[Tensor] = ()) -> Tensor:
+        """A draw of z from the prior of level i, where it is not ``given``: the ``choose`` of a sample."""
+        return given[i] if i < len(given) else self.levels[i].prior(features).sample()
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, y: Tensor | None = None, keep: int | None = None) -> Tensor:
@@ -145,15 +147,31 @@ class Ladder(nn.Module):
             return self.descend(self.top(len(x), y), choose).mean
 
     @torch.no_grad()
-    def sample(self, num_images: int, y: Tensor | None = None) -> Tensor:
-        """Mean images [num_images, 3, 32, 32] at draws z of the prior, in eval mode."""
+    def draw(self, x: Tensor, y: Tensor | None = None) -> list[tuple[Tensor, Distribution]]:
+        """A draw of q(z_l|z_1, ..., z_{l-1}, x) at each level, with the prior p(z_l|z_1, ..., z_{l-1}), in eval mode."""
+        drawn = []
+
+        def choose(i, features):
+            p_z = self.levels[i].prior(features)
+            drawn.append((self.levels[i].posterior(p_z, features, seen[i]).sample(), p_z))
+            return drawn[-1][0]
+
         with vh._eval_mode(self):
-            return self.descend(self.top(num_images, y), self.from_prior).mean
+            seen = self.look(x)
+            self.descend(self.top(len(x), y), choose)
+        return drawn
 
     @torch.no_grad()
-    def for_samples(self, num_batches: int = 20, batch_size: int = 200) -> "Ladder":
+    def sample(self, num_images: int, y: Tensor | None = None, given: Sequence[Tensor] = ()) -> Tensor:
+        """Mean images [num_images, 3, 32, 32] at draws z of the prior, in eval mode. The first levels may be ``given``."""
+        with vh._eval_mode(self):
+            return self.descend(self.top(num_images, y), partial(self.from_prior, given=given)).mean
+
+    @torch.no_grad()
+    def for_samples(self, given: Callable = lambda count: (), num_batches: int = 20, batch_size: int = 200) -> "Ladder":
         """A copy for ``sample`` alone: its BatchNorm layers have the statistics of samples, in place of those of
-        reconstructions that training left (Vahdat and Kautz 2020, arXiv 2007.03898)."""
+        reconstructions that training left (Vahdat and Kautz 2020, arXiv 2007.03898). ``given(count)``: draws of the first
+        levels, where they do not come from their priors."""
         other = copy.deepcopy(self)
         for module in other.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -162,7 +180,7 @@ class Ladder(nn.Module):
         y = torch.arange(batch_size, device=self.start.device) % self.num_classes if self.num_classes else None
         other.train()
         for _ in range(num_batches):
-            other.descend(other.top(batch_size, y), other.from_prior)
+            other.descend(other.top(batch_size, y), partial(other.from_prior, given=given(batch_size)))
         return other.eval()
 
 

@@ -116,3 +116,17 @@ def test_a_label_that_does_not_fit_is_refused(ladder, x):
 def test_the_diagram_names_every_level():
     texts = [text.get_text() for text in draw_ladder({1: 32, 8: 4}).axes[0].texts]
     assert sum("z_" in text and " x " in text for text in texts) == 2 and "$z_2$: 4 x 8 x 8" in texts
+
+
+def test_a_draw_has_the_shapes_of_the_grids_and_samples_keep_what_is_given(ladder, x):
+    with vh.seeded(1):
+        drawn = ladder.draw(x)
+    assert [list(z.shape) for z, _ in drawn] == [[6, 4, 1, 1], [6, 3, 4, 4], [6, 2, 16, 16]]
+    assert all(p_z.mean.shape == z.shape for z, p_z in drawn)
+    given = [z for z, _ in drawn]
+    assert torch.equal(ladder.sample(6, given=given), ladder.sample(6, given=given)), "nothing is left to draw"
+    seen = []
+    ladder.levels[1].register_forward_hook(lambda module, inputs, output: seen.append(inputs[1]))
+    ladder.sample(6, given=given[:2])
+    ladder.for_samples(lambda count: [z[:1].expand(count, -1, -1, -1) for z in given[:2]], num_batches=1, batch_size=8)
+    assert torch.equal(seen[0], given[1]) and torch.equal(seen[1], given[1][:1].expand(8, -1, -1, -1))

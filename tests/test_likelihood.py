@@ -421,3 +421,19 @@ def test_a_small_linked_model_learns_the_levels_better_than_counting_them():
     shares /= shares.sum()
     counting = shares.log()[data.test.images.long()].sum((1, 2, 3)).mean()
     assert vh.bits_per_dim(-history.test["loss"][-1], 3072) < vh.bits_per_dim(counting, 3072) < 8
+
+
+def test_frechet_of_gaussians_with_a_known_distance():
+    torch.manual_seed(0)
+    a = torch.randn(200_000, 3)
+    assert vh.frechet(a, 2 * torch.randn(200_000, 3) + 1) == pytest.approx(6, abs=0.1)  # 3 times (0 - 1)² + (1 - 2)²
+    turned = torch.linalg.qr(torch.randn(3, 3))[0]
+    wide = torch.tensor([1.0, 2.0, 3.0])
+    assert vh.frechet(a * wide @ turned, torch.randn(200_000, 3) @ turned) == pytest.approx(0 + 1 + 4, abs=0.1)
+    assert vh.frechet(a, a) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("b", [torch.zeros(1, 3), torch.zeros(5, 4), torch.zeros(5), torch.full((5, 3), torch.nan)])
+def test_frechet_refuses_what_has_no_gaussian(b):
+    with pytest.raises(ValueError, match="^b "):
+        vh.frechet(torch.randn(10, 3), b)
