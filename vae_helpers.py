@@ -61,6 +61,7 @@ STYLE = ["tableau-colorblind10", {"figure.dpi": 80, "figure.constrained_layout.u
                                   "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": "medium"}]
 COLOURS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",  # told apart by colour-blind readers as well: Petroff
            "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")  # 2021 (arXiv 2107.02270)
+SYSTEMS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini"}  # no pictures
 
 
 def budget(quick, standard, full):
@@ -265,7 +266,12 @@ def _load_folder(folder: Path, root: Path, channels: int, image_size: int) -> Im
         raise ValueError(f"channels is {channels}; it must be 1 (grey) or 3 (colour)")
     parts = {part.name.lower(): part for part in folder.iterdir() if part.is_dir()}
     halves = {half: parts[half] for half in ("train", "test")} if {"train", "test"} <= parts.keys() else {None: folder}
-    found = {half: _pictures(part) for half, part in halves.items()}
+    found = {half: {} for half in halves}  # half -> class -> pictures
+    for half, part in halves.items():
+        for path in sorted(part.glob("*/**/*")):
+            names = path.relative_to(part).parts
+            if not path.is_dir() and not any(name.startswith(".") or name in SYSTEMS for name in names):
+                found[half].setdefault(names[0], []).append(path)
     classes = [*map(list, found.values())]
     if not classes[0] or classes[0] != classes[-1]:
         raise ValueError(f"{folder} must hold pictures as <class>/*.png (or .jpg, ...), or so under train/ and test/, with "
@@ -282,16 +288,6 @@ def _load_folder(folder: Path, root: Path, channels: int, image_size: int) -> Im
         names = ", ".join(Path(path).name for path in kept["unreadable"])
         warnings.warn(f"{len(kept['unreadable'])} unreadable files of {folder} are left out: {names}", stacklevel=3)
     return ImageData(Split(*kept["train"]), Split(*kept["test"]), tuple(classes[0]), folder.name, f"folder {folder.name}")
-
-
-def _pictures(folder: Path) -> dict[str, list[Path]]:
-    """Class -> its files, in order. What is hidden or made by a system is neither, and an empty folder is no class."""
-    systems, found = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini"}, {}
-    for path in sorted(folder.glob("*/**/*")):
-        names = path.relative_to(folder).parts
-        if not path.is_dir() and not any(name.startswith(".") or name in systems for name in names):
-            found.setdefault(names[0], []).append(path)
-    return found
 
 
 def _decode(path: str | Path, channels: int, image_size: int) -> Tensor | None:
@@ -604,13 +600,15 @@ def load_weights(path: str | Path) -> tuple[ConvVAE, dict]:
 @torch.no_grad()
 def encode_all(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of q(z|x) of every image of ``split``, [N, latent_dim] each, on the CPU, in eval mode.
-    Raises ValueError for an empty split."""
+    Raises ValueError for an empty split and where q(z|x) is not over vectors."""
     _check_whole(1, **{"len(split)": len(split)})
     means, stddevs = [], []
     with _eval_mode(model) as here:
         for start in range(0, len(split), 1000):
             x, y = split[start:start + 1000].batch(here)
             q_z = _per_image(model.encode(x, y if getattr(model, "num_classes", 1) else None), "q(z|x)", len(x))
+            if len(q_z.event_shape) != 1:
+                raise ValueError(f"q(z|x) has event shape {list(q_z.event_shape)}; it must be [latent_dim]")
             means.append(q_z.mean.cpu())
             stddevs.append(q_z.stddev.cpu())
     return torch.cat(means), torch.cat(stddevs)
@@ -633,8 +631,8 @@ def _check_labels(y: Tensor | None, count: int, num_classes: int) -> None:
     if (y is None) != (num_classes == 0):
         raise ValueError(f"y is {'missing' if y is None else 'given'}, but this model has {num_classes} classes")
     if y is not None and (y.dtype != torch.int64 or y.shape != (count,) or (y < 0).any() or (y >= num_classes).any()):
-        raise ValueError(f"y is {y.dtype} {list(y.shape)} of {y.unique().tolist()}; this model takes int64 [{count}] below "
-                         f"{num_classes}")
+        raise ValueError(f"y is {y.dtype} {list(y.shape)} of {y.unique().tolist()}; this model takes "
+                         f"labels int64 [{count}] below {num_classes}")
 
 
 @contextmanager
@@ -661,9 +659,8 @@ def negative_elbo(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 @dataclass
 class History:
     """What ``fit`` measured, under the names that the loss gives its values ("loss", "recon", "kl"), nats per image.
-    ``train``: name -> mean over the batch, at every update. ``test``: name -> mean over the test split, after every epoch,
-    and "update", the number of updates until then. ``seconds`` of training of each epoch. ``kept``: epoch -> what
-    ``on_epoch`` returned."""
+    ``train``: name -> mean over the batch at every update. ``test``: name -> mean over the test split after every epoch, and
+    "update", the updates so far. ``seconds`` of training of each epoch. ``kept``: epoch -> what ``on_epoch`` returned."""
 
     train: dict[str, list[float]] = field(default_factory=dict)
     test: dict[str, list[float]] = field(default_factory=dict)
@@ -686,11 +683,10 @@ def evaluate(model: nn.Module, split: Split, *, loss: Callable = negative_elbo, 
 
 def _named(values: Tensor | dict[str, Tensor], count: int) -> dict[str, Tensor]:
     values = values if isinstance(values, dict) else {"loss": values}
-    wrong = {name: list(getattr(value, "shape", [])) for name, value in values.items()
-             if getattr(value, "shape", None) != (count,)}
-    if wrong or "loss" not in values:
-        raise ValueError(f"the loss must give a value 'loss' for each of {count} images, and so whatever it gives; it gives "
-                         f"{', '.join(values)}, of shapes {wrong}: sum over pixels and latents, not over the batch")
+    shapes = {name: getattr(value, "shape", None) for name, value in values.items()}
+    if "loss" not in values or any(shape != (count,) for shape in shapes.values()):
+        raise ValueError(f"the loss gives {shapes}; it must give 'loss', and all the rest, as tensors [{count}], one value "
+                         "per image: sum over pixels and latents, not over the batch")
     return {name: value if value.is_floating_point() else value.float() for name, value in values.items()}
 
 
@@ -947,13 +943,14 @@ def show_images(images: Tensor, *, columns: int = 10, labels: list[str] | None =
     Raises ValueError without an image."""
     if images.ndim != 4 or not len(images) or images.shape[1] not in (1, 3):
         raise ValueError(f"images are {images.dtype} {list(images.shape)}; they must be [N, C, H, W], N > 0 and C of 1 or 3")
-    images = (images / 255 if images.dtype == torch.uint8 else images.detach().float().clamp(0, 1)).cpu()
+    images = images.detach().cpu().float() / (255 if images.dtype == torch.uint8 else 1)
     columns, rows = min(columns, len(images)), math.ceil(len(images) / columns)
     images = F.pad(images, (0, 2, 0, images.shape[2] // 3 if labels else 2), value=1.0)  # room to the right and below
     height, width = images.shape[2:]
     figure, axes = plt.subplots(layout="constrained", figsize=(
         size * columns + 0.6 * bool(row_labels), size * rows * height / width + 0.35 * bool(title)))
-    axes.imshow(make_grid(images, columns, padding=0, pad_value=1.0).permute(1, 2, 0), interpolation="nearest")
+    canvas = make_grid(images, columns, padding=0, pad_value=1.0).clamp(0, 1)
+    axes.imshow(canvas.permute(1, 2, 0).numpy(), interpolation="nearest")
     axes.set(title=title, frame_on=False)
     axes.set_yticks([(row + 0.5) * height for row in range(rows)] if row_labels else [], row_labels or [])
     axes.set_xticks([(column + 0.5) * width for column in range(columns)] if column_labels else [], column_labels or [],

@@ -330,6 +330,10 @@ def test_mean_images_lie_between_0_and_1():
 
 
 def test_codes_that_cannot_be_had(few):
+    class Spatial(TinyVAE):
+        def encode(self, x, y=None):
+            return Independent(Normal(x, torch.ones_like(x)), 3)
+
     class Apart(TinyVAE):
         def encode(self, x, y=None):
             return super().encode(x).base_dist
@@ -337,6 +341,8 @@ def test_codes_that_cannot_be_had(few):
     for use in (vh.encode_all, vh.kl_per_dim):
         with pytest.raises(ValueError, match="split"):
             use(small(), few.test[:0])
+        with pytest.raises(ValueError, match=r"q\(z\|x\)"):
+            use(Spatial(), few.test[:3])
         with pytest.raises(ValueError, match="Independent"):
             use(Apart(), few.test[:3])
     with pytest.raises(ValueError, match=r"\bz\b"):
