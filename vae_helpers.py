@@ -221,11 +221,11 @@ def _load_official(name: str, root: Path) -> ImageData:
     title, dataset, folder = {"mnist": ("MNIST", datasets.MNIST, "MNIST/raw"),
                               "cifar10": ("CIFAR-10", datasets.CIFAR10, datasets.CIFAR10.base_folder)}[name]
     try:
-        if not (root / folder).is_dir():
+        if not any((root / folder).glob("*")):
             waits = patch.object(urllib.request, "urlopen", partial(urllib.request.urlopen, timeout=5))
             with waits, tempfile.TemporaryDirectory() as elsewhere:  # a download that breaks off leaves nothing behind
                 dataset(elsewhere, download=True)
-                shutil.copytree(Path(elsewhere, folder), root / folder)
+                shutil.copytree(Path(elsewhere, folder), root / folder, dirs_exist_ok=True)
         halves = [dataset(root, train=train) for train in (True, False)]
     except Exception as error:  # no network, a host that answers nonsense, no place to write to, a damaged file
         data = _load_packaged("mnist" if name == "mnist" else "photos")
@@ -871,7 +871,8 @@ def _fingerprint(name: str, thing, trained: list[Tensor]) -> dict[str, str]:
         if isinstance(thing, np.ndarray | np.generic):
             thing = torch.as_tensor(thing) if thing.ndim and thing.dtype.kind in "biufc" else thing.tolist()
         kind = thing if isinstance(thing, type | types.FunctionType) else type(thing)
-        own, parts, run[name] = not _installed(kind), {}, f"{kind.__qualname__} {getattr(thing, '__name__', '')}"
+        run[name] = f"{kind.__qualname__} {getattr(thing, '__name__', '')}"
+        own, parts = not _installed(kind), {}
         if isinstance(thing, Tensor):
             values = b"" if id(thing) in seen else thing.detach().cpu().reshape(-1).view(torch.uint8).numpy()
             run[name] = f"{list(thing.shape)}, checksum {hashlib.sha256(values).hexdigest()[:16]}"
@@ -902,7 +903,8 @@ def _fingerprint(name: str, thing, trained: list[Tensor]) -> dict[str, str]:
         else:
             names = {"__class__"} if own else {"func", "args", "keywords", "fget", "__func__", "__self__", "__wrapped__"}
             if kind is not thing and (own or str(kind.__module__).startswith(("torch", "types", "argparse"))):
-                names |= {*getattr(thing, "__dict__", ()), *getattr(kind, "__slots__", ())} - {"training"}
+                plumbing = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
+                names |= {*getattr(thing, "__dict__", ()), *getattr(kind, "__slots__", ())} - plumbing
             parts = {part: getattr(thing, part) for part in names if hasattr(thing, part)}
         seen[id(thing)] = thing
         queue += [(f"{name}.{part}", parts[part]) for part in sorted(parts, key=str)]

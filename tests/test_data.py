@@ -379,6 +379,7 @@ def test_a_download(official_cifar10, offline, monkeypatch):
     monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", hashlib.md5(packed).hexdigest())
     monkeypatch.setattr(datasets.CIFAR10, "filename", "cifar.tar.gz")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    (offline / "cifar-10-batches-py").mkdir(parents=True)  # as a download of another program that broke off leaves it
     with serving(Host) as url:
         monkeypatch.setattr(datasets.CIFAR10, "url", f"{url}cifar.tar.gz")
         first = vh.load_data("cifar10")
