@@ -18,25 +18,22 @@ if "torch" not in sys.modules:  # threads of torch that wait must not spin: on a
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import atexit
-import dis
 import hashlib
 import inspect
 import math
 import numbers
 import shutil
-import socket
 import tempfile
 import time
 import types
+import urllib.request
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
-from enum import Enum, EnumMeta
-from functools import cached_property, partial
-from http.client import HTTPException
-from itertools import zip_longest
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from enum import Enum
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -53,7 +50,6 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, Normal, constraints, kl_divergence
 from torchvision import datasets
-from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -65,6 +61,7 @@ STYLE = ["tableau-colorblind10", {"figure.dpi": 80, "figure.constrained_layout.u
                                   "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": "medium"}]
 COLOURS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",  # told apart by colour-blind readers as well: Petroff
            "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")  # 2021 (arXiv 2107.02270)
+SYSTEMS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini"}  # no pictures
 
 
 def budget(quick, standard, full):
@@ -81,17 +78,12 @@ def device() -> torch.device:
 
 
 def output_dir(name: str) -> Path:
-    """The folder "checkpoints", "images" or "notebooks/weights" of the project, to write to; made where missing.
-
-    Pictures and weights of a shorter run than ``full`` go under runs/: only ``full`` replaces those that are shipped.
-    The environment variable VAE_OUT puts everything under another folder. Raises OSError where that cannot be made.
-    """
+    """The folder "checkpoints", "images" or "notebooks/weights" of the project, to write to; made where missing. Pictures
+    and weights of a shorter run than ``full`` go under runs/: only ``full`` replaces those that are shipped. The environment
+    variable VAE_OUT puts everything under another folder."""
     root = Path(os.environ.get("VAE_OUT") or ROOT).expanduser()
     folder = root / name if name == "checkpoints" or budget(False, False, True) else root / "runs" / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot make {folder}: {error}. Set VAE_OUT to a folder that can be written to.") from error
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -110,8 +102,6 @@ def _writing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
         raise OSError(f"cannot write {path}: {error}. Free some space or choose a folder; an old file is whole.") from error
@@ -120,17 +110,15 @@ def _writing(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def _read(path: Path, *keys: str) -> dict:
+def _read(path: Path, *keys: str, mmap: bool = False) -> dict:
     """The entries ``keys`` of a file of torch.save; nothing in it is executed. Raises ValueError for any other file."""
     numbers_of_numpy = [np.float64(0).__reduce__()[0], np.dtype, *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"}]
     try:
         with torch.serialization.safe_globals(numbers_of_numpy):
-            kept = torch.load(path, map_location="cpu", weights_only=True)
+            kept = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return {key: kept[key] for key in keys}
     except Exception as error:  # a damaged file can make the reader raise nearly anything
-        raise ValueError(f"{path} is damaged or no file of torch. Give another path, or delete it.") from error
-    if not isinstance(kept, dict) or not set(keys) <= kept.keys():
-        raise ValueError(f"{path} does not hold {', '.join(keys)}: something else wrote it. Give another path.")
-    return kept
+        raise ValueError(f"{path} is damaged or lacks one of {', '.join(keys)}. Give another path, or delete it.") from error
 
 
 def _check_whole(least: int, **values) -> None:
@@ -142,7 +130,7 @@ def _check_whole(least: int, **values) -> None:
 # ----------------------------------------------------------------------------------------------------------------- data
 
 
-@dataclass(frozen=True)
+@dataclass
 class Split:
     """Images, uint8 [N, C, H, W], and labels, int64 [N]; of NumPy too. An index or slice gives a smaller Split.
     Raises ValueError for other types and shapes."""
@@ -151,17 +139,12 @@ class Split:
     labels: Tensor
 
     def __post_init__(self):
-        try:
-            images, labels = (torch.as_tensor(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else part)
-                              for part in (self.images, self.labels))
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"images and labels must be numbers of one type each: {error}") from error
-        if images.dtype != torch.uint8 or images.ndim != 4:
-            raise ValueError(f"images are {images.dtype} {list(images.shape)}; they must be uint8 levels [N, C, H, W]")
-        if labels.is_floating_point() or labels.is_complex() or labels.shape != images.shape[:1]:
-            raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}; they must be whole numbers [{len(images)}]")
-        object.__setattr__(self, "images", images)
-        object.__setattr__(self, "labels", labels.long())
+        self.images, labels = torch.as_tensor(self.images), torch.as_tensor(self.labels)
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
+            raise ValueError(f"images are {self.images.dtype} {list(self.images.shape)}; they must be uint8 [N, C, H, W]")
+        if labels.is_floating_point() or labels.shape != self.images.shape[:1]:
+            raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}; they must be whole numbers [{len(self)}]")
+        self.labels = labels.long()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -208,68 +191,51 @@ def load_data(name: str | Path, root: str | Path | None = None, *, image_size: i
     (then a tenth of each class is for testing). A folder of that name goes before a data set. Pictures are brought to
     ``channels`` (1, or 3 by default), resized and cropped to squares of ``image_size`` (32) once, kept under
     ``root``/cache and memory-mapped.
-
     ``root``: where data sets lie; else the environment variable VAE_DATA, else data/ beside this file. MNIST and CIFAR-10
     are looked for there (CIFAR-10 also as a folder ``root``/cifar10 of pictures), then downloaded by torchvision, then
     replaced, with a warning, by 12,000 digits of MNIST (notebooks/data) or by "photos"; ``ImageData.source`` says which.
 
     Raises ValueError for an unknown name, a folder without readable pictures or with other classes in train/ than in
-    test/, image_size or channels that do not fit; RuntimeError for a damaged file, OSError when the cache cannot be written.
+    test/, image_size or channels that do not fit, a damaged cache; OSError when that cannot be written.
     """
     root = Path(root or os.environ.get("VAE_DATA") or ROOT / "data").expanduser().resolve()
     plain, folder = str(name).lower().replace("-", ""), Path(str(name)).expanduser()
     shapes = {"mnist": (1, 28), "cifar10": (3, 32), "digits": (1, 28), "photos": (3, 32)}
-    known, asked = plain in shapes and not isinstance(name, os.PathLike), (channels, image_size)
+    own = None if isinstance(name, os.PathLike) else shapes.get(plain)
     if str(name) and folder.is_dir():
-        if known:
+        if own:
             warnings.warn(f"{name!r} is taken for the folder {folder.resolve()}, not for the data set", stacklevel=2)
-        channels, image_size = (own if size is None else size for size, own in zip(asked, (3, 32), strict=True))
+        channels, image_size = 3 if channels is None else channels, 32 if image_size is None else image_size
         return _load_folder(folder.resolve(), root, channels, image_size)
-    if not known:
+    if own is None:
         raise ValueError(f"name is {str(name)!r}; it must be one of {', '.join(shapes)}, or a folder that exists")
-    if any(size not in (None, own) for size, own in zip(asked, shapes[plain], strict=True)):
-        raise ValueError(f"channels and image_size are {asked}, but {plain!r} has {shapes[plain]}; only folders are changed")
+    if channels not in (None, own[0]) or image_size not in (None, own[1]):
+        raise ValueError(f"channels is {channels}, image_size {image_size}; {plain!r} has {own}: only folders are changed")
+    if plain == "cifar10" and (root / plain).is_dir() and not (root / datasets.CIFAR10.base_folder).is_dir():
+        kind = "JPEG copy" if any((root / plain).rglob("*.[jJ][pP]*")) else "as pictures"
+        return replace(_load_folder(root / plain, root, *own), name=plain, source=f"CIFAR-10, {kind}")
     return _load_official(plain, root) if plain in ("mnist", "cifar10") else _load_packaged(plain)
 
 
 def _load_official(name: str, root: Path) -> ImageData:
-    title, dataset, folder, checksums = {
-        "mnist": ("MNIST", datasets.MNIST, "MNIST/raw", {  # torchvision knows the MD5 of the compressed files only
-            "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-            "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-            "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-            "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}),
-        "cifar10": ("CIFAR-10", datasets.CIFAR10, "cifar-10-batches-py",
-                    dict(datasets.CIFAR10.train_list + datasets.CIFAR10.test_list))}[name]
-    if not all((root / folder / file).is_file() for file in checksums):
-        if name == "cifar10" and (root / name).is_dir():
-            lossy = any(path.suffix.lower() in (".jpg", ".jpeg") for path in (root / name).rglob("*"))
-            return replace(_load_folder(root / name, root, 3, 32, stacklevel=4), name=name,
-                           source="CIFAR-10, JPEG copy" if lossy else "CIFAR-10, as pictures")
-        timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(5)
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=root) as beside:  # a download that breaks off leaves nothing behind
-                dataset(beside, download=True)
-                shutil.copytree(Path(beside) / folder, root / folder, dirs_exist_ok=True)
-        except (OSError, RuntimeError, HTTPException) as error:
-            with suppress(OSError):
-                root.rmdir()
-            data = _load_packaged("mnist" if name == "mnist" else "photos")
-            warnings.warn(f"{title} is not under {root} and could not be had ({' '.join(str(error).split())}). Going "
-                          f"on with {data.source}. For all of it connect to the network, or put {folder}/ there.",
-                          stacklevel=3)
-            return data
-        finally:
-            socket.setdefaulttimeout(timeout)
-    for file, md5 in checksums.items():
-        if not check_integrity(root / folder / file, md5):
-            raise RuntimeError(f"{root / folder / file} is damaged: its MD5 is not {md5}. Delete it and run this again.")
-    halves = [dataset(root, train=train) for train in (True, False)]
+    title, dataset, folder = {"mnist": ("MNIST", datasets.MNIST, "MNIST/raw"),
+                              "cifar10": ("CIFAR-10", datasets.CIFAR10, datasets.CIFAR10.base_folder)}[name]
+    try:
+        if not any((root / folder).glob("*")):
+            waits = patch.object(urllib.request, "urlopen", partial(urllib.request.urlopen, timeout=5))
+            with waits, tempfile.TemporaryDirectory() as elsewhere:  # a download that breaks off leaves nothing behind
+                dataset(elsewhere, download=True)
+                shutil.copytree(Path(elsewhere, folder), root / folder, dirs_exist_ok=True)
+        halves = [dataset(root, train=train) for train in (True, False)]
+    except Exception as error:  # no network, a host that answers nonsense, no place to write to, a damaged file
+        data = _load_packaged("mnist" if name == "mnist" else "photos")
+        reason = " ".join(str(error).split())
+        warnings.warn(f"{title} is not under {root}, or damaged, and could not be had ({reason}). Going on with "
+                      f"{data.source}. For all of it connect to the network, or put {folder}/ there.", stacklevel=3)
+        return data
     images = [torch.as_tensor(half.data) for half in halves]  # [N, H, W] or [N, H, W, C]
-    splits = [Split(x.view(*x.shape[:3], -1).permute(0, 3, 1, 2).contiguous(), half.targets)
-              for x, half in zip(images, halves, strict=True)]
+    images = [x.view(*x.shape[:3], -1).permute(0, 3, 1, 2).contiguous() for x in images]
+    splits = [Split(x, half.targets) for x, half in zip(images, halves, strict=True)]
     return ImageData(*splits, tuple(halves[0].classes), name, title)
 
 
@@ -286,22 +252,26 @@ def _load_packaged(name: str) -> ImageData:
         halves = train_test_split(np.arange(len(ink)), test_size=297, stratify=bunch.target, random_state=0)
         return ImageData(*(everything[half] for half in halves), tuple("0123456789"), name, "scikit-learn digits")
     photos, splits = load_sample_images(), []
+    pixels = torch.as_tensor(np.stack(photos.images))
     for columns, step in ((slice(0, 512), 8), (slice(512, None), 16)):  # the rightmost fifth is only for testing
-        parts = [torch.as_tensor(photo[:, columns].copy()) for photo in photos.images]
-        patches = torch.stack([part.unfold(0, 32, step).unfold(1, 32, step).flatten(0, 1) for part in parts])
+        patches = pixels[:, :, columns].unfold(1, 32, step).unfold(2, 32, step).flatten(1, 2)
         splits.append(Split(patches.flatten(0, 1), torch.arange(2).repeat_interleave(patches.shape[1])))
     return ImageData(*splits, tuple(Path(path).stem for path in photos.filenames), name,
                      "patches of scikit-learn's two photographs")
 
 
-def _load_folder(folder: Path, root: Path, channels: int, image_size: int, stacklevel: int = 3) -> ImageData:
+def _load_folder(folder: Path, root: Path, channels: int, image_size: int) -> ImageData:
+    _check_whole(1, image_size=image_size)
     if channels not in (1, 3):
         raise ValueError(f"channels is {channels}; it must be 1 (grey) or 3 (colour)")
-    if not isinstance(image_size, numbers.Integral) or image_size < 4 or image_size % 4:
-        raise ValueError(f"image_size is {image_size}; it must be a positive multiple of 4")
     parts = {part.name.lower(): part for part in folder.iterdir() if part.is_dir()}
     halves = {half: parts[half] for half in ("train", "test")} if {"train", "test"} <= parts.keys() else {None: folder}
-    found = {half: _pictures(part) for half, part in halves.items()}
+    found = {half: {} for half in halves}  # half -> class -> pictures
+    for half, part in halves.items():
+        for path in sorted(part.glob("*/**/*")):
+            names = path.relative_to(part).parts
+            if not path.is_dir() and not any(name.startswith(".") or name in SYSTEMS for name in names):
+                found[half].setdefault(names[0], []).append(path)
     classes = [*map(list, found.values())]
     if not classes[0] or classes[0] != classes[-1]:
         raise ValueError(f"{folder} must hold pictures as <class>/*.png (or .jpg, ...), or so under train/ and test/, with "
@@ -310,42 +280,14 @@ def _load_folder(folder: Path, root: Path, channels: int, image_size: int, stack
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else path for path, _, _ in pictures]
     key = hashlib.sha256(repr((stats, image_size, channels, "halves")).encode()).hexdigest()[:16]
     cache = root / "cache" / f"{key}.pt"
-
-    def cached() -> tuple[list[str], list[Split]]:
-        kept = torch.load(cache, mmap=True, weights_only=True)
-        return kept["unreadable"], [Split(*kept[half]) for half in ("train", "test")]
-
-    try:
-        unreadable, splits = cached()
-        whole = all(_decode(path, channels, image_size) is None for path in unreadable)  # as it was then
-    except Exception:  # not there, or damaged
-        whole = False
-    if not whole:
+    if not cache.exists() or any(_decode(path, channels, image_size) is not None  # it could not be read then
+                                 for path in _read(cache, "unreadable")["unreadable"]):
         _decode_all(pictures, cache, channels, image_size)
-        unreadable, splits = cached()
-    if unreadable:
-        names = ", ".join(Path(path).name for path in unreadable[:10]) + ", ..." * (len(unreadable) > 10)
-        warnings.warn(f"{len(unreadable)} unreadable files of {folder} are left out: {names}", stacklevel=stacklevel)
-    if not all(map(len, splits)):
-        raise ValueError(f"{folder} holds {len(splits[0])} readable pictures to train and {len(splits[1])} to test; it must "
-                         "hold one of each, or two of a class")
-    return ImageData(*splits, tuple(classes[0]), folder.name, f"folder {folder.name}")
-
-
-def _pictures(folder: Path) -> dict[str, list[Path]]:
-    """Class -> its files, in order. What is hidden or made by a system is neither, and an empty folder is no class."""
-    systems, found = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini"}, {}
-    for part in sorted(part for part in folder.iterdir() if part.is_dir()):
-        seen, files = {os.path.realpath(folder)}, []
-        for at, folders, names in os.walk(part, followlinks=True):
-            if os.path.realpath(at) in seen:  # a link that leads back
-                folders.clear()
-                continue
-            seen.add(os.path.realpath(at))
-            files += [Path(at) / name for name in names]
-        found[part.name] = sorted(file for file in files if not any(
-            name.startswith(".") or name in systems for name in file.relative_to(folder).parts))
-    return {name: files for name, files in found.items() if files}
+    kept = _read(cache, "unreadable", "train", "test", mmap=True)
+    if kept["unreadable"]:
+        names = ", ".join(Path(path).name for path in kept["unreadable"])
+        warnings.warn(f"{len(kept['unreadable'])} unreadable files of {folder} are left out: {names}", stacklevel=3)
+    return ImageData(Split(*kept["train"]), Split(*kept["test"]), tuple(classes[0]), folder.name, f"folder {folder.name}")
 
 
 def _decode(path: str | Path, channels: int, image_size: int) -> Tensor | None:
@@ -370,20 +312,22 @@ def _decode_all(pictures: list[tuple[Path, int, str | None]], cache: Path, chann
     Where the half is None, the second readable picture of each class and every tenth after it are for testing."""
     labels, seen, kept = {"train": [], "test": []}, Counter(), {"unreadable": []}
     with _writing(cache) as file, tempfile.TemporaryDirectory(dir=cache.parent) as folder:
-        raw = {half: (Path(folder) / half).open("wb") for half in labels}
         for path, label, half in tqdm(pictures, "decoding pictures", file=_progress_file(), leave=False):
             if (image := _decode(path, channels, image_size)) is None:
                 kept["unreadable"].append(str(path))
                 continue
             half = half or ("test" if seen[label] % 10 == 1 else "train")
             seen[label] += 1
-            raw[half].write(image.numpy().tobytes())
             labels[half].append(label)
+            with Path(folder, half).open("ab") as raw:
+                raw.write(image.numpy().tobytes())
+        if not all(labels.values()):
+            raise ValueError(f"of {len(pictures)} files, {pictures[0][0]} the first, {len(kept['unreadable'])} cannot be "
+                             "read; there must be a picture to train and one to test, or two of a class")
         for half, of in labels.items():
-            raw[half].close()
             shape = (len(of), channels, image_size, image_size)
-            pixels = torch.from_file(raw[half].name, size=math.prod(shape), dtype=torch.uint8) if of else torch.ByteTensor()
-            kept[half] = (pixels.view(shape), torch.tensor(of, dtype=torch.int64))
+            pixels = torch.from_file(str(Path(folder, half)), size=math.prod(shape), dtype=torch.uint8)
+            kept[half] = (pixels.view(shape), torch.tensor(of))
         torch.save(kept, file)
 
 
@@ -404,13 +348,12 @@ def elbo(model: nn.Module, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, 
         return model.elbo_terms(x, y)
     q_z = _per_image(model.encode(x, y), "q(z|x)", len(x))
     z = q_z.rsample()
-    recon = _recon(model.decode(z, y), x)
     p_z = _prior(model, z[0])
+    recon = _recon(model.decode(z, y), x)
     try:
-        kl = kl_divergence(q_z, p_z)
+        return recon, kl_divergence(q_z, p_z)
     except NotImplementedError:  # no closed form for this pair: the same sample estimates it
-        kl = q_z.log_prob(z) - p_z.log_prob(z)
-    return recon, kl
+        return recon, q_z.log_prob(z) - p_z.log_prob(z)
 
 
 def log_weights(model: nn.Module, x: Tensor, y: Tensor | None = None, num_samples: int = 1) -> Tensor:
@@ -439,10 +382,10 @@ def log_likelihood(model: nn.Module, x: Tensor, y: Tensor | None = None, num_sam
     _check_whole(1, num_samples=num_samples, chunk=chunk, **{"len(x)": len(x)})
     if y is not None and len(y) != len(x):
         raise ValueError(f"y holds {len(y)} labels for {len(x)} images; it must hold one for each")
-    here, result = _device_of(model), []
-    with _eval_mode(model):
+    result = []
+    with _eval_mode(model) as here:
         for index in torch.arange(len(x)).split(max(1, chunk // num_samples)):
-            x_part, y_part = (None if part is None else part[index].to(here) for part in (x, y))
+            x_part, y_part = x[index].to(here), None if y is None else y[index].to(here)
             log_w = [log_weights(model, x_part, y_part, min(chunk, num_samples - done)).logsumexp(0)
                      for done in range(0, num_samples, chunk)]
             result.append(torch.stack(log_w).logsumexp(0) - math.log(num_samples))
@@ -516,51 +459,40 @@ class DiscretizedLogistic(Distribution):
         self.links = links
         super().__init__(self.loc.shape, validate_args=validate_args)
 
-    def _given(self, x: Tensor) -> Tensor:
-        """``loc``, moved by the colours of ``x`` before each."""
-        if self.links is None:
-            return self.loc
-        off, moved = x - self.loc, [self.loc.expand_as(x)[..., 0, :, :]]
-        for c in range(1, x.shape[-3]):
-            links = self.links[..., c * (c - 1) // 2:c * (c + 1) // 2, :, :]
-            moved.append(self.loc[..., c, :, :] + (links * off[..., :c, :, :]).sum(-3))
-        return torch.stack(moved, dim=-3)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
-        inverse = (-self.log_scale).exp()
-        centre, half = (value - self._given(value)) * inverse, inverse / 510
-        below, above = F.logsigmoid(centre + half), F.logsigmoid(half - centre)
-        # sigmoid(a) - sigmoid(b) as sigmoid(a) sigmoid(-b) (1 - exp(b - a)): exact where the difference would be 0
-        inside = below + above + torch.log(-torch.expm1(-2 * half))
-        return torch.where(value < 1 / 510, below, torch.where(value > 1 - 1 / 510, above, inside))
-
-    def _in_turn(self, value_at: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-        """``value_at(mean)`` of each colour, given the values of those before it: pass c settles colour c."""
-        for _ in range(1 if self.links is None else start.shape[-3]):
-            start = value_at(self._given(start))
-        return start
-
     @classmethod
     def of_output(cls, output: Tensor) -> Distribution:
         """p(x|z) of the [B, 2, H, W], [B, 6, H, W] or, with links, [B, 9, H, W] that a decoder gives. Outputs near 0, as at
         the start, mean a grey pixel give or take a tenth; no scale is far below one level."""
         colours = 1 if output.shape[1] == 2 else 3
-        loc, log_scale, links = output.split((colours, colours, output.shape[1] - 2 * colours), dim=1)
+        loc, log_scale, links = output.tensor_split((colours, 2 * colours), dim=1)
         return Independent(cls(0.5 + 0.25 * loc, (log_scale - 3).clamp(-8, 4), links if links.shape[1] else None), 3)
 
-    @torch.no_grad()
-    def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
-        uniform = torch.rand(self._extended_shape(torch.Size(sample_shape)), device=self.loc.device).clamp(1e-6, 1 - 1e-6)
-        noise = self.log_scale.exp() * uniform.logit()
-        return self._in_turn(lambda mean: ((mean + noise).clamp(0, 1) * 255).round() / 255, self.loc.expand_as(noise))
+    def given(self, x: Tensor) -> Tensor:
+        """``loc``, moved by the colours of ``x`` before each."""
+        if self.links is None:
+            return self.loc
+        after, before = torch.tril_indices(x.shape[-3], x.shape[-3], offset=-1, device=x.device)
+        off = x - self.loc
+        return self.loc + torch.zeros_like(off).index_add(-3, after, self.links * off.index_select(-3, before))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        inverse = (-self.log_scale).exp()
+        centre, half = (value - self.given(value)) * inverse, inverse / 510
+        below, above = F.logsigmoid(centre + half), F.logsigmoid(half - centre)
+        # sigmoid(a) - sigmoid(b) as sigmoid(a) sigmoid(-b) (1 - exp(b - a)): exact where the difference would be 0
+        inside = below + above + torch.log(-torch.expm1(-2 * half))
+        return torch.where(value < 1 / 510, below, torch.where(value > 1 - 1 / 510, above, inside))
 
     @property
     def mean(self) -> Tensor:
         """Of the density clipped to [0, 1], the integral of P(X > t): less than half a level off the mean of the levels."""
-        scale = self.log_scale.exp()
-        return self._in_turn(lambda mean: scale * (F.softplus(mean / scale) - F.softplus((mean - 1) / scale)), self.loc)
+        x, scale = self.loc, self.log_scale.exp()
+        for _ in range(1 if self.links is None else x.shape[-3]):  # pass c settles colour c, given those before it
+            mean = self.given(x)
+            x = scale * (F.softplus(mean / scale) - F.softplus((mean - 1) / scale))
+        return x
 
 
 # ---------------------------------------------------------------------------------------------------- convolutional VAE
@@ -568,12 +500,12 @@ class DiscretizedLogistic(Distribution):
 
 class Residual(nn.Sequential):
     """x + f(x), where f is the layers given (He et al. 2016, arXiv 1603.05027).
-    The last layer, which must have a weight and a bias, starts at zero, so that a new block hands x on as it is."""
+    The last layer starts at zero, so that a new block hands x on as it is."""
 
     def __init__(self, *layers: nn.Module):
         super().__init__(*layers)
-        nn.init.zeros_(self[-1].weight)
-        nn.init.zeros_(self[-1].bias)
+        for parameter in self[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
@@ -596,20 +528,17 @@ class ConvVAE(nn.Module):
                  channels: tuple[int, int] = (16, 32), hidden: int = 512, blocks: int = 0,
                  likelihood: str | tuple[Callable, Callable] = "bernoulli"):
         super().__init__()
-        _check_whole(1, latent_dim=latent_dim, hidden=hidden, **{
-            f"{name}[{i}]": size for name, sizes in (("channels", channels), ("image_shape", image_shape))
-            for i, size in enumerate(sizes)})
-        if len(channels) != 2:
-            raise ValueError(f"channels is {channels}; it must be a pair")
         _check_whole(0, num_classes=num_classes, blocks=blocks)
-        image_shape, (few, many) = tuple(map(int, image_shape)), map(int, channels)
+        _check_whole(1, latent_dim=latent_dim, hidden=hidden, **{f"channels[{i}]": n for i, n in enumerate(channels)})
         if len(image_shape) != 3 or image_shape[0] not in (1, 3) or any(s < 4 or s % 4 for s in image_shape[1:]):
             raise ValueError(f"image_shape is {image_shape}; it must be (1 or 3, H, W) with H and W multiples of 4")
         if isinstance(likelihood, str) and likelihood not in self.likelihoods:
             raise ValueError(f"likelihood is {likelihood!r}; it must be one of {', '.join(self.likelihoods)}")
-        self.image_shape, self.latent_dim, self.num_classes = image_shape, int(latent_dim), int(num_classes)
-        self.config = {"image_shape": image_shape, "latent_dim": int(latent_dim), "num_classes": int(num_classes),
-                       "channels": (few, many), "hidden": int(hidden), "blocks": int(blocks), "likelihood": likelihood}
+        image_shape, (few, many) = tuple(map(int, image_shape)), map(int, channels)
+        latent_dim, num_classes, hidden, blocks = map(int, (latent_dim, num_classes, hidden, blocks))
+        self.image_shape, self.latent_dim, self.num_classes = image_shape, latent_dim, num_classes
+        self.config = {"image_shape": image_shape, "latent_dim": latent_dim, "num_classes": num_classes,
+                       "channels": (few, many), "hidden": hidden, "blocks": blocks, "likelihood": likelihood}
         self.likelihood, outputs = self.likelihoods[likelihood] if isinstance(likelihood, str) else likelihood
         bottom = (many, image_shape[1] // 4, image_shape[2] // 4)
 
@@ -654,16 +583,13 @@ class ConvVAE(nn.Module):
     def with_label(self, features: Tensor, y: Tensor | None) -> Tensor:
         """``features`` [B, n] with the one-hot label appended, [B, n + num_classes]; as they are without labels."""
         _check_labels(y, len(features), self.num_classes)
-        if y is None:
-            return features
-        return torch.cat([features, F.one_hot(y, self.num_classes).to(features.dtype)], dim=1)
+        return features if y is None else torch.cat([features, F.one_hot(y, self.num_classes).to(features.dtype)], dim=1)
 
     @torch.no_grad()
     def sample(self, num_images: int, y: Tensor | None = None) -> Tensor:
         """Mean images [num_images, C, H, W] of p(x|z) at draws z of the prior, in eval mode."""
-        z = _prior(self, torch.empty(self.latent_dim, device=_device_of(self))).sample((num_images,))
-        with _eval_mode(self):
-            return self.decode(z, y).mean
+        with _eval_mode(self) as here:
+            return self.decode(_prior(self, torch.empty(self.latent_dim, device=here)).sample((num_images,)), y).mean
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -673,10 +599,8 @@ class ConvVAE(nn.Module):
 
 
 def load_weights(path: str | Path) -> tuple[ConvVAE, dict]:
-    """The ConvVAE of a file {"config": model.config, "state": its weights, "info": a dict}, in eval mode, and the info.
-
-    It is on ``device()``, in float32 whatever the file has. Raises ValueError when ``path`` is no such file.
-    """
+    """The ConvVAE of a file {"config": model.config, "state": its weights, "info": a dict}, in eval mode and float32, on
+    ``device()``; and the info. Raises ValueError when ``path`` is no such file."""
     kept = _read(Path(path).expanduser(), "config", "state", "info")
     try:
         model = ConvVAE(**kept["config"])
@@ -692,9 +616,9 @@ def encode_all(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
     Raises ValueError for an empty split and where q(z|x) is not over vectors."""
     _check_whole(1, **{"len(split)": len(split)})
     means, stddevs = [], []
-    with _eval_mode(model):
+    with _eval_mode(model) as here:
         for start in range(0, len(split), 1000):
-            x, y = split[start:start + 1000].batch(_device_of(model))
+            x, y = split[start:start + 1000].batch(here)
             q_z = _per_image(model.encode(x, y if getattr(model, "num_classes", 1) else None), "q(z|x)", len(x))
             if len(q_z.event_shape) != 1:
                 raise ValueError(f"q(z|x) has event shape {list(q_z.event_shape)}; it must be [latent_dim]")
@@ -704,42 +628,33 @@ def encode_all(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
 
 
 def kl_per_dim(model: nn.Module, split: Split) -> Tensor:
-    """KL(q(z_i|x) || N(0, 1)) of each latent i, mean over the images of ``split``: nats [latent_dim]. Raises as
-    encode_all."""
+    """KL(q(z_i|x) || N(0, 1)) of each latent i, mean over ``split``: nats [latent_dim]. Raises as encode_all."""
     return kl_divergence(Normal(*encode_all(model, split)), Normal(0.0, 1.0)).mean(0)
 
 
 @torch.no_grad()
 def mean_images(model: nn.Module, z: Tensor, label: int | None = None) -> Tensor:
     """Mean images of p(x|z) at each row of ``z``, of class ``label`` if given, in eval mode: [B, C, H, W] in [0, 1], CPU."""
-    here = _device_of(model)
-    y = None if label is None else torch.full((len(z),), label, device=here)
-    with _eval_mode(model):
+    with _eval_mode(model) as here:
+        y = None if label is None else torch.full((len(z),), label, device=here)
         return model.decode(z.to(here), y).mean.float().clamp(0, 1).cpu()
 
 
 def _check_labels(y: Tensor | None, count: int, num_classes: int) -> None:
     if (y is None) != (num_classes == 0):
         raise ValueError(f"y is {'missing' if y is None else 'given'}, but this model has {num_classes} classes")
-    if y is None:
-        return
-    if y.dtype != torch.int64 or y.shape != (count,):
-        raise ValueError(f"y is {y.dtype} {list(y.shape)}; it must be int64 of shape [{count}]")
-    if count and (y.min() < 0 or y.max() >= num_classes):
-        raise ValueError(f"y holds labels {int(y.min())} to {int(y.max())}; this model takes 0 to {num_classes - 1}")
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    if y is not None and (y.dtype != torch.int64 or y.shape != (count,) or (y < 0).any() or (y >= num_classes).any()):
+        raise ValueError(f"y is {y.dtype} {list(y.shape)} of {y.unique().tolist()}; this model takes "
+                         f"labels int64 [{count}] below {num_classes}")
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode inside the block, and as it was after it."""
+def _eval_mode(model: nn.Module) -> Iterator[torch.device]:
+    """Every module in eval mode inside the block, and as it was after it. Yields the device of the weights."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        yield next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     finally:
         for module, training in modes.items():
             module.training = training
@@ -757,9 +672,8 @@ def negative_elbo(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 @dataclass
 class History:
     """What ``fit`` measured, under the names that the loss gives its values ("loss", "recon", "kl"), nats per image.
-    ``train``: name -> mean over the batch, at every update. ``test``: name -> mean over the test split, after every epoch,
-    and "update", the number of updates until then. ``seconds`` of training of each epoch. ``kept``: epoch -> what
-    ``on_epoch`` returned."""
+    ``train``: name -> mean over the batch at every update. ``test``: name -> mean over the test split after every epoch, and
+    "update", the updates so far. ``seconds`` of training of each epoch. ``kept``: epoch -> what ``on_epoch`` returned."""
 
     train: dict[str, list[float]] = field(default_factory=dict)
     test: dict[str, list[float]] = field(default_factory=dict)
@@ -771,8 +685,8 @@ class History:
 def evaluate(model: nn.Module, split: Split, *, loss: Callable = negative_elbo, seed: int = 0) -> dict[str, float]:
     """Mean of each of the loss's values over ``split``, in eval mode and float32; posterior samples follow ``seed``.
     Raises ValueError when the loss does not give one value for each image."""
-    here, sums = _device_of(model), Counter()
-    with _eval_mode(model), seeded(seed):
+    sums = Counter()
+    with _eval_mode(model) as here, seeded(seed):
         for start in range(0, len(split), 1000):
             part = split[start:start + 1000]
             for name, value in _named(loss(model, *part.batch(here)), len(part)).items():
@@ -782,13 +696,10 @@ def evaluate(model: nn.Module, split: Split, *, loss: Callable = negative_elbo, 
 
 def _named(values: Tensor | dict[str, Tensor], count: int) -> dict[str, Tensor]:
     values = values if isinstance(values, dict) else {"loss": values}
-    if "loss" not in values:
-        raise ValueError(f"the loss returned a dict of {', '.join(values)}; it must have an entry 'loss'")
-    for name, value in values.items():
-        if not isinstance(value, Tensor) or value.shape != (count,):
-            kind = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"the loss gives {name!r} as {kind} for {count} images; it must be one "
-                             "value per image: sum over pixels and latents, do not average over the batch")
+    shapes = {name: getattr(value, "shape", None) for name, value in values.items()}
+    if "loss" not in values or any(shape != (count,) for shape in shapes.values()):
+        raise ValueError(f"the loss gives {shapes}; it must give 'loss', and all the rest, as tensors [{count}], one value "
+                         "per image: sum over pixels and latents, not over the batch")
     return {name: value if value.is_floating_point() else value.float() for name, value in values.items()}
 
 
@@ -812,13 +723,13 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
 
     Raises, before any work, ValueError for arguments or data that do not fit and for a checkpoint of other arguments, data,
     loss, transform or model; FloatingPointError, before a checkpoint is written, when loss or weights are NaN or infinite;
-    TypeError when on_epoch returns neither Tensor nor None; OSError when the checkpoint cannot be written.
+    OSError when the checkpoint cannot be written.
     """
     checkpoint = None if checkpoint is None else Path(checkpoint).expanduser()
     arguments = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "bfloat16": bfloat16,
                  "optimizer": optimizer, "loss": loss, "transform": transform}
     here, (rank, world) = device(), _processes()
-    _check_fit(model.to(here), data, checkpoint, world, **arguments)
+    _check_fit(model.to(here), data, world, **arguments)
     epochs, batch_size, seed = map(int, (epochs, batch_size, seed))
     batches = math.ceil(len(data.train) / batch_size)
     opt, updates = optimizer(model.parameters(), lr=lr), epochs * batches
@@ -827,97 +738,72 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
     means_of, mixed = _Means(model, loss), _fast_bfloat16(here) if bfloat16 is None else bfloat16
     if world > 1:
         means_of = nn.parallel.DistributedDataParallel(means_of, find_unused_parameters=True)
-    history, done, run = History(), -1, {}
-    if checkpoint:
-        things = arguments | {"model": model, "data.train": vars(data.train), "data.test": vars(data.test)}
-        trained = [*model.parameters(), *model.buffers()]
-        run = {name: _Fingerprint(trained)(thing) for name, thing in things.items()}
-        if state := _resume(checkpoint, run, rank, world):
-            for part, name in ((model, "model"), (opt, "optimizer"), (schedule, "schedule")):
-                part.load_state_dict(state[name])
-            history, done = History(**state["history"]), state["epoch"]
-
-    def end_epoch(epoch: int) -> None:
-        kept = on_epoch(model, epoch) if on_epoch else None
-        if not isinstance(kept, Tensor | None):
-            raise TypeError(f"on_epoch returned a {type(kept).__name__}; it must return a Tensor or None")
-        history.kept |= {} if kept is None else {epoch: kept.detach().to("cpu", copy=True)}
-        _refuse_nan(model.state_dict(), f"after epoch {epoch}", checkpoint)
-        if checkpoint and rank == 0:
-            with _writing(checkpoint) as file:
-                torch.save({"run": run, "epoch": epoch, "history": asdict(history), "model": model.state_dict(),
-                            "optimizer": opt.state_dict(), "schedule": schedule.state_dict()}, file)
-
+    things = arguments | {"model": model, "data.train": vars(data.train), "data.test": vars(data.test)}
+    parts = {"model": model, "optimizer": opt, "schedule": schedule}
+    run, history, done = _resume(checkpoint, things, parts, rank, world)
     progress = progress and rank == 0
     unchecked = patch.object(Distribution, "_validate_args", None)  # checks of every value cost up to a third of the time
     with seeded(seed), unchecked, tqdm(total=updates, initial=max(done, 0) * batches, leave=False, ncols=100,
-                                       mininterval=0.5, file=_progress_file() if progress else None,
-                                       disable=not progress) as bar:
-        if done < 0:
-            end_epoch(0)
-        for epoch in range(max(done, 0) + 1, epochs + 1):
-            _seed(seed, epoch)  # as after a resume
-            start, order = time.perf_counter(), torch.randperm(len(data.train))
-            if rank:  # noise of its own
-                _seed(seed, epoch, rank)
-            model.train()
-            for indices in order.tensor_split(batches):
-                x, y = data.train[indices.tensor_split(world)[rank]].batch(here)
-                x = x if transform is None else transform(x)
-                with torch.autocast(here.type, torch.bfloat16, enabled=mixed):
-                    means = means_of(x, y, world / len(indices))
-                totals = torch.stack([value.detach() for value in means.values()])
-                if world > 1:
-                    dist.all_reduce(totals)
-                values = dict(zip(means, (totals / world).tolist(), strict=True))
-                _refuse_nan({"loss": values["loss"]}, f"at update {schedule.last_epoch + 1}", checkpoint)
-                opt.zero_grad()
-                means["loss"].backward()
-                opt.step()
-                schedule.step()
-                for name, value in values.items():
-                    history.train.setdefault(name, []).append(value)
-                bar.set_postfix(epoch=f"{epoch}/{epochs}", loss=f"{values['loss']:.2f}", refresh=False)
-                bar.update()
-            history.seconds.append(time.perf_counter() - start)
-            for buffer in model.buffers() if world > 1 else ():
-                dist.broadcast(buffer, 0)
-            values = evaluate(model, data.test, loss=loss)
-            _refuse_nan({"loss": values["loss"]}, f"on data.test after epoch {epoch}", checkpoint)
-            for name, value in {"update": epoch * batches, **values}.items():
-                history.test.setdefault(name, []).append(value)
-            end_epoch(epoch)
+                                       file=_progress_file() if progress else None, disable=not progress) as bar:
+        for epoch in range(done + 1, epochs + 1):
+            if epoch:
+                torch.manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))  # as after a resume
+                start, order = time.perf_counter(), torch.randperm(len(data.train))
+                if rank:  # noise of its own
+                    torch.manual_seed(torch.initial_seed() + rank)
+                model.train()
+                for indices in order.tensor_split(batches):
+                    x, y = data.train[indices.tensor_split(world)[rank]].batch(here)
+                    x = x if transform is None else transform(x)
+                    with torch.autocast(here.type, torch.bfloat16, enabled=mixed):
+                        means = means_of(x, y, world / len(indices))
+                    totals = torch.stack([value.detach() for value in means.values()])
+                    if world > 1:
+                        dist.all_reduce(totals)
+                    values = dict(zip(means, (totals / world).tolist(), strict=True))
+                    _refuse_nan({"loss": values["loss"]}, f"at update {schedule.last_epoch + 1}", checkpoint)
+                    opt.zero_grad()
+                    means["loss"].backward()
+                    opt.step()
+                    schedule.step()
+                    for name, value in values.items():
+                        history.train.setdefault(name, []).append(value)
+                    bar.set_postfix(epoch=f"{epoch}/{epochs}", loss=f"{values['loss']:.2f}", refresh=False)
+                    bar.update()
+                history.seconds.append(time.perf_counter() - start)
+                for buffer in model.buffers() if world > 1 else ():
+                    dist.broadcast(buffer, 0)
+                values = evaluate(model, data.test, loss=loss)
+                _refuse_nan({"loss": values["loss"]}, f"on data.test after epoch {epoch}", checkpoint)
+                for name, value in {"update": epoch * batches, **values}.items():
+                    history.test.setdefault(name, []).append(value)
+            kept = on_epoch(model, epoch) if on_epoch else None
+            if kept is not None:
+                history.kept[epoch] = torch.as_tensor(kept).detach().to("cpu", copy=True)
+            _refuse_nan(model.state_dict(), f"after epoch {epoch}", checkpoint)
+            if checkpoint and rank == 0:
+                with _writing(checkpoint) as file:
+                    torch.save({"run": run, "epoch": epoch, "history": asdict(history),
+                                **{name: part.state_dict() for name, part in parts.items()}}, file)
     model.eval()
     return history
 
 
-def _check_fit(model: nn.Module, data: ImageData, checkpoint: Path | None, world: int, *, epochs, batch_size, lr, seed,
-               optimizer, loss, transform, **_) -> None:
+def _check_fit(model: nn.Module, data: ImageData, world: int, *, epochs, batch_size, lr, seed, optimizer, loss, transform,
+               **_) -> None:
     """Raises ValueError for what ``fit`` cannot train with; tries a batch of each half, in eval mode."""
     _check_whole(0, epochs=epochs, seed=seed)
     _check_whole(1, batch_size=batch_size, **{"len(data.train)": len(data.train), "len(data.test)": len(data.test)})
-    if checkpoint is not None and checkpoint.is_dir():
-        raise ValueError(f"checkpoint is the folder {checkpoint}; it must be a file")
     if not isinstance(lr, numbers.Real) or not 0 < lr < math.inf:
         raise ValueError(f"lr is {lr}; it must be a positive number")
-    if "lr" in getattr(optimizer, "keywords", ()) or any(
-            group["lr"] != lr for group in optimizer(model.parameters(), lr=lr).param_groups):
+    if "lr" in getattr(optimizer, "keywords", ()) or optimizer(model.parameters(), lr=lr).defaults["lr"] != lr:
         raise ValueError(f"optimizer brings an lr of its own; leave it out and give lr to fit, where it is {lr}")
     for part in (data.train, data.test) if getattr(model, "num_classes", 0) else ():
         _check_labels(part.labels, len(part), model.num_classes)
     least = len(data.train) // math.ceil(len(data.train) / batch_size) // world
-    needed = 1 + any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    if least < needed:
-        raise ValueError(f"batch_size is {batch_size}: a process gets {least} images at once, and needs {needed}")
-
-    def trial(model, x, y):
-        with torch.enable_grad():
-            values = _named(loss(model, x if transform is None else transform(x), y), len(x))
-        if not values["loss"].requires_grad:
-            raise ValueError("the loss has no gradient: it must be computed from the weights, and not under no_grad")
-        return values
-
-    evaluate(model, data.train[:least], loss=trial)
+    if least < 2:
+        raise ValueError(f"batch_size is {batch_size}: a process gets {least} images at once; BatchNorm needs two")
+    evaluate(model, data.train[:least], loss=lambda model, x, y: loss(model, x if transform is None else transform(x), y))
     evaluate(model, data.test[:batch_size], loss=loss)
 
 
@@ -935,21 +821,19 @@ class _Means(nn.Module):
 
 def _processes() -> tuple[int, int]:
     """The number of this process and how many train together: 0 and 1 but under torchrun, whose processes meet here."""
-    if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
+    if not dist.is_available() or not dist.is_torchelastic_launched():
+        return 0, 1
+    if not dist.is_initialized():
         if torch.accelerator.is_available():
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device().type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-def _seed(*run: int) -> None:
-    torch.manual_seed(int(np.random.SeedSequence(run).generate_state(1)[0]))
+    return dist.get_rank(), dist.get_world_size()
 
 
 def _fast_bfloat16(here: torch.device) -> bool:
     if here.type == "cuda":
-        return torch.cuda.get_device_capability(here) >= (8, 0)
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return here.type == "cpu" and any(getattr(torch.cpu, flag, bool)() for flag in flags)
 
@@ -961,111 +845,91 @@ def _refuse_nan(values: dict[str, Tensor | float], where: str, checkpoint: Path 
             raise FloatingPointError(f"{name} is NaN or infinite {where}; {kept}. Look at transform and loss, or lower lr.")
 
 
-def _resume(checkpoint: Path, run: dict[str, str], rank: int, world: int) -> dict | None:
-    """The state in ``checkpoint``, on every process; None where there is none. Raises ValueError for that of another run."""
-    state = [None]
+def _resume(checkpoint: Path | None, things: dict, parts: dict, rank: int, world: int) -> tuple[dict, History, int]:
+    """The fingerprint of ``things``, the history and the last epoch in ``checkpoint``, whose state ``parts`` take; an empty
+    history and -1 where there is none. Raises ValueError when the fingerprint there is another."""
+    if checkpoint is None:
+        return {}, History(), -1
+    run, shared, trained = {}, [None], [*parts["model"].parameters(), *parts["model"].buffers()]
+    for name, thing in things.items():
+        run |= _fingerprint(name, thing, trained)
     if rank == 0:
-        for name in [name for name, text in run.items() if "(no source)" in text]:
+        for name in [name for name, text in run.items() if text == "(no source)"]:
             print(f"{name} has code without a source: after a change of it the checkpoint would be continued all the same")
         if checkpoint.exists():
-            state = [_read(checkpoint, "run", "epoch", "history", "model", "optimizer", "schedule")]
-            for name, text in run.items():
-                for before, now in zip_longest(state[0]["run"].get(name, "").splitlines(), text.splitlines()):
-                    if before != now:
-                        raise ValueError(f"{checkpoint} is of another run: {name} has {before!r} there, {now!r} here. Give "
-                                         "another path, or delete the file to train anew.")
+            shared = [_read(checkpoint, "run", "epoch", "history", *parts)]
+            before = shared[0]["run"]
+            for name in sorted(before.keys() | run.keys()):
+                if before.get(name) != run.get(name):
+                    raise ValueError(f"{checkpoint} is of another run: {name} is {before.get(name)} there, {run.get(name)} "
+                                     "here. Give another path, or delete the file to train anew.")
             written = time.strftime("%Y-%m-%d %H:%M", time.localtime(checkpoint.stat().st_mtime))
-            print(f"{checkpoint.name}: going on from epoch {state[0]['epoch']}, written {written}")
+            print(f"{checkpoint.name}: going on from epoch {shared[0]['epoch']}, written {written}")
     if world > 1:
-        dist.broadcast_object_list(state)
-    return state[0]
+        dist.broadcast_object_list(shared)
+    (state,) = shared
+    if state is None:
+        return run, History(), -1
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return run, History(**state["history"]), state["epoch"]
 
 
-class _Fingerprint:
-    """Text that changes with what a thing computes: plain values, checksums, the source of functions and methods, and the
-    same of all that these name; of ``trained`` tensors only the shape. What is installed goes by its name: nothing depends
-    on the version of Python."""
-
-    def __init__(self, trained: list[Tensor]):
-        self.seen = {*map(id, trained)}
-
-    def __call__(self, thing) -> str:
-        thing = thing.item() if isinstance(thing, np.generic) else thing.value if isinstance(thing, Enum) else thing
-        if thing is None or isinstance(thing, numbers.Number | str | bytes | Path | torch.dtype | torch.device):
-            return repr(thing)
-        if isinstance(thing, Tensor) or isinstance(thing, np.ndarray) and thing.dtype.kind in "biufc":
-            digest = hashlib.sha256()
-            for piece in () if id(thing) in self.seen else torch.as_tensor(thing).detach().reshape(-1).split(2**24):
-                digest.update(piece.cpu().view(torch.uint8).numpy())
-            return f"{list(thing.shape)}, checksum {digest.hexdigest()[:16]}"
-        if isinstance(thing, partial):
-            thing = {"func": thing.func, "args": thing.args, "keywords": thing.keywords}
-        elif isinstance(thing, types.MethodType):
-            thing = {"func": thing.__func__, "self": thing.__self__}
-        elif isinstance(thing, EnumMeta):
-            thing = dict(thing.__members__)
-        elif isinstance(thing, np.ndarray | list | tuple | set | frozenset):
-            thing = dict(enumerate(sorted(thing, key=repr) if isinstance(thing, set | frozenset) else thing))
-        if isinstance(thing, dict):
-            return "".join(f"\n{name}: {self(value)}" for name, value in sorted(thing.items(), key=str))
+def _fingerprint(name: str, thing, trained: list[Tensor]) -> dict[str, str]:
+    """Name -> text that changes with what ``thing`` computes: plain values, checksums of arrays, the source of the reader's
+    functions and methods, and the same of all that these name; of ``trained`` tensors only the shape. What is installed goes
+    by its name, so that nothing depends on the version of Python."""
+    run, seen, queue = {}, {id(tensor): tensor for tensor in trained}, [(name, thing)]
+    for name, thing in queue:  # grows by the parts of each
+        if isinstance(thing, np.ndarray | np.generic):
+            thing = torch.as_tensor(thing) if thing.ndim and thing.dtype.kind in "biufc" else thing.tolist()
         kind = thing if isinstance(thing, type | types.FunctionType) else type(thing)
-        installed, layer = self.installed(kind), isinstance(thing, nn.Module)
-        title = f"{kind.__qualname__} {'' if kind is thing else getattr(thing, '__name__', '')}"
-        if installed and hasattr(thing, "__wrapped__"):  # by functools.cache, contextmanager, torch.no_grad, ...
-            return self(thing.__wrapped__)
-        settings = layer or str(kind.__module__).startswith(("torch", "types", "argparse"))
-        if id(thing) in self.seen or installed and (kind is thing or not settings):
-            return title
-        self.seen.add(id(thing))
-        if isinstance(thing, types.FunctionType):
-            return self.function(thing)
-        if isinstance(thing, type):
-            parts = {name: value.func if isinstance(value, cached_property) else getattr(
-                value, "fget", getattr(value, "__func__", value)) for name, value in vars(thing).items()}
-            made = {"__dataclass_fields__", "_fields"} & parts.keys()  # with private methods that no reader wrote
-            parts = {name: value for name, value in parts.items() if not name.startswith("_") or (
-                not self.installed(value) and not (made and value.__code__.co_filename == "<string>")
-                if isinstance(value, types.FunctionType) else name[:2] != "__")}
-            parts["bases"] = thing.__bases__
+        run[name] = f"{kind.__qualname__} {getattr(thing, '__name__', '')}"
+        own, parts = not _installed(kind), {}
+        if isinstance(thing, Tensor):
+            values = b"" if id(thing) in seen else thing.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+            run[name] = f"{list(thing.shape)}, checksum {hashlib.sha256(values).hexdigest()[:16]}"
+        elif thing is None or isinstance(thing, numbers.Number | str | bytes | Path | Enum | torch.dtype | torch.device):
+            run[name] = repr(thing)
+        elif id(thing) in seen:
+            continue
+        elif isinstance(thing, dict | list | tuple | set | frozenset):
+            thing = sorted(thing, key=repr) if isinstance(thing, set | frozenset) else thing
+            parts = thing if isinstance(thing, dict) else dict(enumerate(thing))
+        elif own and isinstance(thing, types.FunctionType):
+            codes, scope = [thing.__code__], thing.__globals__
+            for code in codes:  # grows by the functions inside
+                codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+            named = {part for code in codes for part in code.co_names}
+            parts = {part: scope[part] for part in named & scope.keys()} | inspect.getclosurevars(thing).nonlocals
+            for module in [part for part in parts.values() if isinstance(part, types.ModuleType) and not _installed(part)]:
+                parts |= {f"{module.__name__}.{part}": vars(module)[part] for part in named & vars(module).keys()}
+            parts["defaults"] = (thing.__defaults__, thing.__kwdefaults__)
+            try:
+                run[name] = inspect.getsource(thing.__code__)
+            except OSError:
+                run[name] = "(no source)"
+        elif own and isinstance(thing, type):  # with the methods that a reader wrote
+            parts = {"bases": thing.__bases__} | {part: value for part, value in vars(thing).items() if part[:2] != "__" or (
+                isinstance(value, types.FunctionType) and not _installed(value)
+                and not (is_dataclass(thing) and value.__code__.co_filename == "<string>"))}
         else:
-            own = {*getattr(thing, "__dict__", ()), *getattr(kind, "__slots__", ())} - vars(nn.Module()).keys()
-            own = {name for name in own if hasattr(thing, name) and not (installed and name[0] == "_")}
-            parts = {name: getattr(thing, name) for name in own}
-            parts |= {"class": kind} | ({**thing._parameters, **thing._buffers, **thing._modules} if layer else {})
-        return title + self(parts)
+            names = {"__class__"} if own else {"func", "args", "keywords", "fget", "__func__", "__self__", "__wrapped__"}
+            if kind is not thing and (own or str(kind.__module__).startswith(("torch", "types", "argparse"))):
+                plumbing = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
+                names |= {*getattr(thing, "__dict__", ()), *getattr(kind, "__slots__", ())} - plumbing
+            parts = {part: getattr(thing, part) for part in names if hasattr(thing, part)}
+        seen[id(thing)] = thing
+        queue += [(f"{name}.{part}", parts[part]) for part in sorted(parts, key=str)]
+    return run
 
-    def function(self, function: types.FunctionType) -> str:
-        """Its text, and what it reads beside its arguments: defaults, its closure and the globals it names."""
-        codes, named, used = [function.__code__], set(), function.__globals__
-        for code in codes:  # grows by the functions inside
-            codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-            steps = dis.get_instructions(code)
-            named |= {step.argval for step in steps if "_GLOBAL" in step.opname or "_NAME" in step.opname}
-        reads = {name: used[name] for name in named if name in used}
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            with suppress(ValueError):  # an empty cell
-                reads[name] = cell.cell_contents
-        for name, module in [*reads.items()]:  # of a module of one's own, what is used of it
-            if isinstance(module, types.ModuleType) and not self.installed(module):
-                named = {part for code in codes for part in code.co_names} & vars(module).keys()
-                reads |= {f"{name}.{part}": vars(module)[part] for part in named}
-        try:
-            lines = inspect.getsourcelines(function.__code__)[0]
-            if function.__name__ == "<lambda>":  # only its own lines, and all of them
-                last = max(line for code in codes for *_, line in code.co_lines() if line)
-                lines = inspect.findsource(function)[0][function.__code__.co_firstlineno - 1:last]
-        except (OSError, TypeError):
-            lines = ["(no source)"]
-        return "".join(lines) + self(reads | {"defaults": (function.__defaults__, function.__kwdefaults__)})
 
-    @staticmethod
-    def installed(kind) -> bool:
-        """Whether this class, function or module is part of Python or of a package, so that its name says what it is."""
-        root = (getattr(kind, "__module__", None) or getattr(kind, "__name__", "")).partition(".")[0]
-        file = getattr(sys.modules.get(root), "__file__", "") if root != "__main__" else ""
-        file = kind.__code__.co_filename if isinstance(kind, types.FunctionType) else file or ""
-        return root in sys.stdlib_module_names or "site-packages" in file or "dist-packages" in file or file.startswith(
-            str(Path(os.__file__).parent))
+def _installed(kind) -> bool:
+    """Whether a class, function or module is part of Python or of a package, so that its name says what it is."""
+    name = getattr(kind, "__globals__", {"__name__": getattr(kind, "__module__", None)}).get("__name__")
+    root = (name or kind.__name__).partition(".")[0]
+    file = getattr(sys.modules.get(root), "__file__", None) or ""
+    return root in sys.stdlib_module_names or root != "__main__" and ("site-packages" in file or "dist-packages" in file)
 
 
 def _progress_file():
@@ -1094,24 +958,21 @@ def show_images(images: Tensor, *, columns: int = 10, labels: list[str] | None =
     Raises ValueError without an image."""
     if images.ndim != 4 or not len(images) or images.shape[1] not in (1, 3):
         raise ValueError(f"images are {images.dtype} {list(images.shape)}; they must be [N, C, H, W], N > 0 and C of 1 or 3")
-    images = images.detach().cpu()
-    images = images.float() / 255 if images.dtype == torch.uint8 else images.float().clamp(0, 1)
+    images = images.detach().cpu().float() / (255 if images.dtype == torch.uint8 else 1)
     columns, rows = min(columns, len(images)), math.ceil(len(images) / columns)
     images = F.pad(images, (0, 2, 0, images.shape[2] // 3 if labels else 2), value=1.0)  # room to the right and below
     height, width = images.shape[2:]
-    canvas = make_grid(images, columns, padding=0, pad_value=1.0)
     figure, axes = plt.subplots(layout="constrained", figsize=(
         size * columns + 0.6 * bool(row_labels), size * rows * height / width + 0.35 * bool(title)))
+    canvas = make_grid(images, columns, padding=0, pad_value=1.0).clamp(0, 1)
     axes.imshow(canvas.permute(1, 2, 0).numpy(), interpolation="nearest")
-    axes.set(title=title, xticks=[], yticks=[])
-    if row_labels:
-        axes.set_yticks([(row + 0.5) * height for row in range(rows)], row_labels)
-    if column_labels:
-        axes.set_xticks([(column + 0.5) * width for column in range(columns)], column_labels, fontsize="small")
+    axes.set(title=title, frame_on=False)
+    axes.set_yticks([(row + 0.5) * height for row in range(rows)] if row_labels else [], row_labels or [])
+    axes.set_xticks([(column + 0.5) * width for column in range(columns)] if column_labels else [], column_labels or [],
+                    fontsize="small")
     for i, text in enumerate(labels or []):
-        place = (i % columns + 0.5) * width, (i // columns + 0.88) * height
-        axes.text(*place, text, ha="center", va="center", fontsize="x-small")
-    axes.spines[:].set_visible(False)
+        axes.text((i % columns + 0.5) * width, (i // columns + 0.88) * height, text, ha="center", va="center",
+                  fontsize="x-small")
     axes.tick_params(length=0)
     axes.grid(False)
     plt.close(figure)
@@ -1125,14 +986,12 @@ def plot_history(history: History, title: str = "", ylabel: str = "nats per imag
         raise ValueError("history is empty: train for at least one epoch")
     names = {"loss": "-ELBO" if "kl" in history.train else "loss", "kl": "KL(q(z|x) || p(z))",
              "recon": "reconstruction log-likelihood"}
-    figure, axes = plt.subplots(1, len(history.train), figsize=(4.2 * len(history.train), 3), squeeze=False,
-                                layout="constrained")
-    for panel, (name, values) in zip(axes[0], history.train.items(), strict=True):
-        held_out = history.test.get(name, [])
+    figure, panels = plt.subplots(1, len(history.train), figsize=(4.2 * len(history.train), 3), squeeze=False,
+                                  layout="constrained")
+    for panel, (name, values) in zip(panels[0], history.train.items(), strict=True):
         panel.plot(range(1, len(values) + 1), values, lw=0.5, alpha=0.6, label="training batches")
-        panel.plot(history.test.get("update", []), held_out, "o-", ms=3, label="held out, by epoch")
-        shown = [value for value in values[len(values) // 10:] + held_out if math.isfinite(value)]
-        low, high = np.percentile(shown or [0, 1], [0, 99])
+        panel.plot(history.test["update"], history.test[name], "o-", ms=3, label="held out, by epoch")
+        low, high = np.percentile(values[len(values) // 10:] + history.test[name], [0, 99])  # a steep start is out of view
         panel.set(title=names.get(name, name), xlabel="updates", ylabel=ylabel,
                   ylim=(low - 0.05 * (high - low) - 1e-9, high + 0.1 * (high - low) + 1e-9))
         panel.legend(fontsize="small")

@@ -302,12 +302,9 @@ def test_far_from_the_mean_the_logarithm_is_exact_where_the_difference_of_two_si
     assert abs(value - (-b + math.log(1 - math.exp(b - a)))) < 1e-3
 
 
-def test_samples_follow_the_probabilities():
-    torch.manual_seed(0)
-    draws = vh.DiscretizedLogistic(torch.tensor(0.02), torch.tensor(-4.0)).sample((100_000,))
-    shares = torch.bincount((draws * 255).round().long(), minlength=256) / len(draws)
-    expected = plain(0.02, -4.0)
-    assert ((shares - expected).abs() < 5 * (expected / len(draws)).sqrt() + 1e-5).all()
+def near(loc):
+    """Levels, each a few from its mean."""
+    return ((loc + 0.02 * torch.randn_like(loc)).clamp(0, 1) * 255).round() / 255
 
 
 def linked(batch=2, side=2, colours=3):
@@ -319,7 +316,7 @@ def linked(batch=2, side=2, colours=3):
 
 def test_with_links_each_colour_is_what_its_definition_says():
     p_x = linked()
-    x = p_x.sample()
+    x = near(p_x.loc)
     given = p_x.log_prob(x)
     assert given.shape == x.shape == p_x.batch_shape
     for b in range(2):
@@ -337,13 +334,9 @@ def test_links_of_zero_change_nothing():
     p_x = linked()
     alone = vh.DiscretizedLogistic(p_x.loc, p_x.log_scale)
     tied = vh.DiscretizedLogistic(p_x.loc, p_x.log_scale, torch.zeros_like(p_x.links))
-    x = alone.sample()
+    x = near(p_x.loc)
     torch.testing.assert_close(tied.log_prob(x), alone.log_prob(x))
     torch.testing.assert_close(tied.mean, alone.mean)
-    with vh.seeded(1):
-        drawn = alone.sample((3,))
-    with vh.seeded(1):
-        assert torch.equal(drawn, tied.sample((3,)))
 
 
 def test_with_links_the_probabilities_of_a_pixel_sum_to_1():
@@ -355,17 +348,13 @@ def test_with_links_the_probabilities_of_a_pixel_sum_to_1():
     assert abs(p_x.log_prob(every).sum((1, 2, 3)).exp().sum() - 1) < 1e-6
 
 
-def test_samples_with_links_have_its_mean_and_its_entropy():
-    p_x = linked(batch=1)
-    draws = p_x.sample((20_000,))
-    assert draws.shape == (20_000, 1, 3, 2, 2) and p_x.sample().shape == (1, 3, 2, 2)
-    error = draws.std(0) / math.sqrt(len(draws))
-    inside = ((p_x.loc > 0.2) & (p_x.loc < 0.8)).all(1, keepdim=True).expand_as(p_x.loc)  # near the edges it is approximate
-    assert inside.any() and ((draws.mean(0) - p_x.mean).abs() < 5 * error + 2e-3)[inside].all()
-    assert (draws.mean(0) - p_x.mean).abs().max() < 0.05
-    each = p_x.log_prob(draws).sum((1, 2, 3, 4))
-    wrong = p_x.log_prob(draws.flip(2)).sum((1, 2, 3, 4)).mean()  # colours in another order
-    assert abs(each[:10_000].mean() - each[10_000:].mean()) < 0.3 and wrong < each.mean() - 1
+def test_with_links_the_mean_of_a_colour_follows_the_means_before_it():
+    p_x = linked()
+    means = []
+    for c, first in enumerate((0, 0, 1)):  # the link of colour c to the first of those before it
+        moves = [p_x.links[:, first + d] * (means[d] - p_x.loc[:, d]) for d in range(c)]
+        means.append(vh.DiscretizedLogistic(p_x.loc[:, c] + sum(moves), p_x.log_scale[:, c]).mean)
+    torch.testing.assert_close(p_x.mean, torch.stack(means, 1))
 
 
 @pytest.mark.parametrize("likelihood", ["logistic", "linked"])
@@ -386,9 +375,8 @@ def test_convvae_takes_them(likelihood, image_shape):
     x = torch.randint(0, 256, (5, *image_shape)) / 255
     p_x = model.decode(torch.randn(5, 4))
     assert p_x.batch_shape == (5,) and p_x.event_shape == image_shape
-    assert p_x.sample().shape == p_x.mean.shape == x.shape
+    assert p_x.mean.shape == x.shape
     assert p_x.mean.min() >= 0 and p_x.mean.max() <= 1
-    p_x.log_prob(p_x.sample())  # its own samples are levels
     recon, kl = vh.elbo(model, x)
     (kl - recon).sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())

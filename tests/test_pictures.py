@@ -115,17 +115,6 @@ def test_terms_of_a_loss_of_ones_own():
     assert {axes.get_ylabel() for axes in figure.axes} == {"squared error"}
 
 
-@pytest.mark.parametrize("odd", [math.inf, -math.inf, math.nan])
-def test_values_that_are_no_numbers_leave_the_rest_in_view(odd):
-    values = [100.0 - i for i in range(20)]
-    values[3] = values[9] = odd
-    (axes,) = drawn(vh.plot_history(history_of(loss=values))).axes
-    low, high = axes.get_ylim()
-    assert 70 < low < 82 and 90 < high < 110
-    (axes,) = drawn(vh.plot_history(history_of(loss=[odd] * 20))).axes
-    assert math.isfinite(sum(axes.get_ylim()))
-
-
 def test_a_steep_start_does_not_flatten_the_rest():
     low, high = vh.plot_history(history_of(loss=[1e6] + [100.0 - i for i in range(19)])).axes[0].get_ylim()
     assert low < 82 and high < 1000
