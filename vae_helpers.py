@@ -196,7 +196,7 @@ def load_data(name: str | Path, root: str | Path | None = None, *, image_size: i
     replaced, with a warning, by 12,000 digits of MNIST (notebooks/data) or by "photos"; ``ImageData.source`` says which.
 
     Raises ValueError for an unknown name, a folder without readable pictures or with other classes in train/ than in
-    test/, image_size or channels that do not fit, a damaged cache; OSError when that cannot be written.
+    test/, image_size or channels that do not fit; RuntimeError for a damaged file, OSError when the cache cannot be written.
     """
     root = Path(root or os.environ.get("VAE_DATA") or ROOT / "data").expanduser().resolve()
     plain, folder = str(name).lower().replace("-", ""), Path(str(name)).expanduser()
@@ -220,19 +220,25 @@ def load_data(name: str | Path, root: str | Path | None = None, *, image_size: i
 def _load_official(name: str, root: Path) -> ImageData:
     title, dataset, folder = {"mnist": ("MNIST", datasets.MNIST, "MNIST/raw"),
                               "cifar10": ("CIFAR-10", datasets.CIFAR10, datasets.CIFAR10.base_folder)}[name]
-    try:
-        if not any((root / folder).glob("*")):
-            waits = patch.object(urllib.request, "urlopen", partial(urllib.request.urlopen, timeout=5))
+    if not any((root / folder).glob("*")):
+        waits = patch.object(urllib.request, "urlopen", partial(urllib.request.urlopen, timeout=5))
+        try:
             with waits, tempfile.TemporaryDirectory() as elsewhere:  # a download that breaks off leaves nothing behind
                 dataset(elsewhere, download=True)
                 shutil.copytree(Path(elsewhere, folder), root / folder, dirs_exist_ok=True)
+        except Exception as error:  # no network, a host that answers nonsense, no place to write to
+            data = _load_packaged("mnist" if name == "mnist" else "photos")
+            warnings.warn(f"{title} is not under {root} and could not be had ({' '.join(str(error).split())}). Going on "
+                          f"with {data.source}. For all of it connect to the network, or put {folder}/ there.", stacklevel=3)
+            return data
+    try:
         halves = [dataset(root, train=train) for train in (True, False)]
-    except Exception as error:  # no network, a host that answers nonsense, no place to write to, a damaged file
-        data = _load_packaged("mnist" if name == "mnist" else "photos")
-        reason = " ".join(str(error).split())
-        warnings.warn(f"{title} is not under {root}, or damaged, and could not be had ({reason}). Going on with "
-                      f"{data.source}. For all of it connect to the network, or put {folder}/ there.", stacklevel=3)
-        return data
+        if name == "mnist":  # of CIFAR-10 torchvision checks the files, of MNIST only those that it downloads
+            parts = [part.numpy().tobytes() for half in halves for part in (half.data, half.targets)]
+            if hashlib.md5(b"".join(parts)).hexdigest() != "3a8942afaa4d4472e73e631e8d5025b7":
+                raise ValueError("other pixels or labels than those of MNIST")
+    except Exception as error:  # a damaged file can make the reader raise nearly anything
+        raise RuntimeError(f"{root / folder} is damaged ({error}). Delete the folder and run this again.") from error
     images = [torch.as_tensor(half.data) for half in halves]  # [N, H, W] or [N, H, W, C]
     images = [x.view(*x.shape[:3], -1).permute(0, 3, 1, 2).contiguous() for x in images]
     splits = [Split(x, half.targets) for x, half in zip(images, halves, strict=True)]
@@ -280,10 +286,12 @@ def _load_folder(folder: Path, root: Path, channels: int, image_size: int) -> Im
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else path for path, _, _ in pictures]
     key = hashlib.sha256(repr((stats, image_size, channels, "halves")).encode()).hexdigest()[:16]
     cache = root / "cache" / f"{key}.pt"
-    if not cache.exists() or any(_decode(path, channels, image_size) is not None  # it could not be read then
-                                 for path in _read(cache, "unreadable")["unreadable"]):
+    keys, whole = ("unreadable", "train", "test"), False
+    with suppress(ValueError):  # not there, or damaged
+        whole = all(_decode(path, channels, image_size) is None for path in _read(cache, *keys, mmap=True)["unreadable"])
+    if not whole:
         _decode_all(pictures, cache, channels, image_size)
-    kept = _read(cache, "unreadable", "train", "test", mmap=True)
+    kept = _read(cache, *keys, mmap=True)
     if kept["unreadable"]:
         names = ", ".join(Path(path).name for path in kept["unreadable"])
         warnings.warn(f"{len(kept['unreadable'])} unreadable files of {folder} are left out: {names}", stacklevel=3)
@@ -803,7 +811,15 @@ def _check_fit(model: nn.Module, data: ImageData, world: int, *, epochs, batch_s
     least = len(data.train) // math.ceil(len(data.train) / batch_size) // world
     if least < 2:
         raise ValueError(f"batch_size is {batch_size}: a process gets {least} images at once; BatchNorm needs two")
-    evaluate(model, data.train[:least], loss=lambda model, x, y: loss(model, x if transform is None else transform(x), y))
+
+    def trial(model, x, y):
+        with torch.enable_grad():
+            values = _named(loss(model, x if transform is None else transform(x), y), len(x))
+        if not values["loss"].requires_grad:
+            raise ValueError("the loss has no gradient: it must be computed from the weights, and not under no_grad")
+        return values
+
+    evaluate(model, data.train[:least], loss=trial)
     evaluate(model, data.test[:batch_size], loss=loss)
 
 

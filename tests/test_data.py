@@ -353,14 +353,14 @@ def test_cifar10_in_the_official_format(official_cifar10):
     assert 0 < history.test["loss"][0] < math.inf
 
 
-def test_a_damaged_cifar10_batch_is_not_taken(official_cifar10):
+def test_a_damaged_cifar10_batch_is_refused(official_cifar10):
     root = official_cifar10
     path = root / "cifar-10-batches-py/data_batch_3"
     spoilt = bytearray(path.read_bytes())
     spoilt[1000] ^= 1
     path.write_bytes(spoilt)
-    with pytest.warns(UserWarning, match="damaged.*cifar-10-batches-py"):
-        assert vh.load_data("cifar10", root=root).name == "photos"
+    with pytest.raises(RuntimeError, match="cifar-10-batches-py is damaged"):
+        vh.load_data("cifar10", root=root)
 
 
 def test_a_download(official_cifar10, offline, monkeypatch):
@@ -389,13 +389,24 @@ def test_a_download(official_cifar10, offline, monkeypatch):
     assert [path.name for path in offline.iterdir()] == ["cifar-10-batches-py"]
 
 
-def test_a_damaged_official_file_is_not_taken(tmp_path, offline):
-    folder = tmp_path / "root/MNIST/raw"
+def write_mnist(folder):
+    """Files in the format of MNIST, with other digits."""
     folder.mkdir(parents=True)
-    for packed, _ in datasets.MNIST.resources:
-        (folder / packed.removesuffix(".gz")).write_bytes(b"no digits")
-    with pytest.warns(UserWarning, match="root, or damaged.*MNIST/raw"):
-        assert "12,000" in vh.load_data("mnist", root=tmp_path / "root").source
+    for half, count in (("train", 60_000), ("t10k", 10_000)):
+        head = (0x0803).to_bytes(4, "big") + b"".join(size.to_bytes(4, "big") for size in (count, 28, 28))
+        (folder / f"{half}-images-idx3-ubyte").write_bytes(head + bytes(count * 28 * 28))
+        head = (0x0801).to_bytes(4, "big") + count.to_bytes(4, "big")
+        (folder / f"{half}-labels-idx1-ubyte").write_bytes(head + bytes(count))
+
+
+@pytest.mark.parametrize("spoil", [lambda folder: None, lambda folder: (folder / "t10k-labels-idx1-ubyte").write_bytes(b"1"),
+                                   lambda folder: (folder / "train-images-idx3-ubyte").unlink()],
+                         ids=["other pixels", "cut", "gone"])
+def test_a_damaged_official_file_is_refused(tmp_path, offline, spoil):
+    write_mnist(tmp_path / "root/MNIST/raw")
+    spoil(tmp_path / "root/MNIST/raw")
+    with pytest.raises(RuntimeError, match="root/MNIST/raw is damaged"):
+        vh.load_data("mnist", root=tmp_path / "root")
 
 
 # which source a name stands for
@@ -876,19 +887,16 @@ class Harmful:
 
 
 @pytest.mark.parametrize("damage", [
-    lambda file: file.write_bytes(b"short"), lambda file: file.write_bytes(b""),
+    Path.unlink, lambda file: file.write_bytes(b"short"), lambda file: file.write_bytes(b""),
     lambda file: file.write_bytes(file.read_bytes()[:5000]), lambda file: torch.save({}, file),
     lambda file: torch.save([1], file),
     lambda file: torch.save(Harmful(file.parent.parent / "harm"), file),
     lambda file: file.write_bytes(pickle.dumps(Harmful(file.parent.parent / "harm"))),
-], ids=["short", "empty", "cut", "another", "a list", "harmful", "a pickle"])
-def test_a_damaged_cache_is_refused_and_made_anew_when_it_is_gone(pets, offline, damage):
+], ids=["gone", "short", "empty", "cut", "another", "a list", "harmful", "a pickle"])
+def test_a_damaged_cache_is_made_anew(pets, offline, damage):
     before = vh.load_data(write_pictures(pets)).train.images.clone()
     (file,) = offline.glob("cache/*")
     damage(file)
-    with pytest.raises(ValueError, match=file.name):
-        vh.load_data(pets)
-    file.unlink()
     assert torch.equal(vh.load_data(pets).train.images, before)
     assert [path.name for path in offline.rglob("*")] == ["cache", file.name], "nothing else is made"
 

@@ -1073,9 +1073,11 @@ def test_bad_arguments_are_refused_before_any_work(few, tmp_path, name, value):
     assert not list(tmp_path.iterdir()) and equal(model, fresh())
 
 
-def test_a_loss_without_a_gradient_is_refused(few):
-    with pytest.raises(RuntimeError):
-        vh.fit(linear(), few, epochs=1, loss=lambda model, x, y: squared_error(model, x, y).detach(), progress=False)
+def test_a_loss_without_a_gradient_is_refused_before_any_work(few, tmp_path):
+    with pytest.raises(ValueError, match="gradient"):
+        vh.fit(linear(), few, epochs=1, loss=lambda model, x, y: squared_error(model, x, y).detach(), progress=False,
+               checkpoint=tmp_path / "run.pt")
+    assert not list(tmp_path.iterdir())
 
 
 def test_optimizers_that_take_lr_from_fit_are_taken(some):
