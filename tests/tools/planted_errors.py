@@ -68,6 +68,10 @@ ERRORS = {  # what should notice -> what is wrong, the function, method or class
          "(str(path), path.stat().st_size, path.stat().st_mtime_ns)", "str(path)"),
     ],
     "tests/test_likelihood.py": [
+        ("Fréchet distance: of means alone", "frechet",
+         "((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(S_a + S_b) - 2 * root", "((a.mean(0) - b.mean(0)) ** 2).sum()"),
+        ("Fréchet distance: the product of covariances without a root", "frechet",
+         "np.sqrt(np.linalg.eigvals(S_a @ S_b).real.clip(0)).sum()", "np.linalg.eigvals(S_a @ S_b).real.clip(0).sum()"),
         ("KL: sign of the log-variance", "gaussian_kl", KL, "mean**2 + log_var.exp() - 1 + log_var"),
         ("KL: without the half", "gaussian_kl", f"0.5 * {KL}.sum(-1)", f"{KL}.sum(-1)"),
         ("KL: mean over latents for the sum", "gaussian_kl", f"{KL}.sum(-1)", f"{KL}.mean(-1)"),
