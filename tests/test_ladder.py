@@ -130,3 +130,13 @@ def test_a_draw_has_the_shapes_of_the_grids_and_samples_keep_what_is_given(ladde
     ladder.sample(6, given=given[:2])
     ladder.for_samples(lambda count: [z[:1].expand(count, -1, -1, -1) for z in given[:2]], num_batches=1, batch_size=8)
     assert torch.equal(seen[0], given[1]) and torch.equal(seen[1], given[1][:1].expand(8, -1, -1, -1))
+
+
+def test_the_shipped_ladder_knows_photographs_better_than_noise():
+    kept = torch.load(vh.ROOT / "notebooks/weights/cifar10_ladder.pt", weights_only=True)
+    ladder = Ladder(kept["grids"]).eval()
+    ladder.load_state_dict(kept["state"])
+    photos, noise = vh.load_data("photos").test.images[:50], torch.randint(0, 256, (50, 3, 32, 32))
+    bits = [vh.bits_per_dim(-vh.evaluate(ladder, vh.Split(images.byte(), torch.zeros(50).long()))["loss"], 3 * 32 * 32)
+            for images in (photos, noise)]
+    assert bits[0] < 6 < 8 < bits[1], bits
