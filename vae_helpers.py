@@ -80,10 +80,13 @@ def device() -> torch.device:
 def output_dir(name: str) -> Path:
     """The folder "checkpoints", "images" or "notebooks/weights" of the project, to write to; made where missing. Pictures
     and weights of a shorter run than ``full`` go under runs/: only ``full`` replaces those that are shipped. The environment
-    variable VAE_OUT puts everything under another folder."""
+    variable VAE_OUT puts everything under another folder. Raises OSError where that cannot be made."""
     root = Path(os.environ.get("VAE_OUT") or ROOT).expanduser()
     folder = root / name if name == "checkpoints" or budget(False, False, True) else root / "runs" / name
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make {folder}: {error}. Set VAE_OUT to a folder that can be written to.") from error
     return folder
 
 
@@ -139,7 +142,11 @@ class Split:
     labels: Tensor
 
     def __post_init__(self):
-        self.images, labels = torch.as_tensor(self.images), torch.as_tensor(self.labels)
+        try:
+            self.images, labels = (torch.as_tensor(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else part)
+                                   for part in (self.images, self.labels))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"images and labels must be numbers of one type each: {error}") from error
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
             raise ValueError(f"images are {self.images.dtype} {list(self.images.shape)}; they must be uint8 [N, C, H, W]")
         if labels.is_floating_point() or labels.shape != self.images.shape[:1]:
@@ -804,13 +811,15 @@ def _check_fit(model: nn.Module, data: ImageData, world: int, *, epochs, batch_s
     _check_whole(1, batch_size=batch_size, **{"len(data.train)": len(data.train), "len(data.test)": len(data.test)})
     if not isinstance(lr, numbers.Real) or not 0 < lr < math.inf:
         raise ValueError(f"lr is {lr}; it must be a positive number")
-    if "lr" in getattr(optimizer, "keywords", ()) or optimizer(model.parameters(), lr=lr).defaults["lr"] != lr:
+    if "lr" in getattr(optimizer, "keywords", ()) or any(
+            group["lr"] != lr for group in optimizer(model.parameters(), lr=lr).param_groups):
         raise ValueError(f"optimizer brings an lr of its own; leave it out and give lr to fit, where it is {lr}")
     for part in (data.train, data.test) if getattr(model, "num_classes", 0) else ():
         _check_labels(part.labels, len(part), model.num_classes)
     least = len(data.train) // math.ceil(len(data.train) / batch_size) // world
-    if least < 2:
-        raise ValueError(f"batch_size is {batch_size}: a process gets {least} images at once; BatchNorm needs two")
+    needed = 1 + any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    if least < needed:
+        raise ValueError(f"batch_size is {batch_size}: a process gets {least} images at once, and needs {needed}")
 
     def trial(model, x, y):
         with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""The ladder of notebooks 05 and 06: a VAE for 32 x 32 colour images whose latents are grids of several sizes.
+"""The ladder of notebooks 05, 06 and 08: a VAE for 32 x 32 colour images whose latents are grids of several sizes.
 
 Latents z_1, ..., z_L go from the coarsest grid to the finest. Both directions run from the top down (Sønderby et al. 2016,
 arXiv 1602.02282): p(z) is the product of p(z_l | z_1, ..., z_{l-1}), q(z|x) that of q(z_l | z_1, ..., z_{l-1}, x).

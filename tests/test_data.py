@@ -82,7 +82,7 @@ def sizes(data):
 LEVELS = np.arange(2 * 3 * 4 * 4, dtype=np.uint8).reshape(2, 3, 4, 4)
 
 
-@pytest.mark.parametrize("images", [LEVELS, torch.tensor(LEVELS), LEVELS.transpose(0, 1, 3, 2)])
+@pytest.mark.parametrize("images", [LEVELS, torch.tensor(LEVELS), LEVELS[:, ::-1], LEVELS.transpose(0, 1, 3, 2)])
 @pytest.mark.parametrize("labels", [[1, 0], (1, 0), np.array([1, 0]), np.array([1, 0], np.int32), np.array([1, 0], np.uint8),
                                     torch.tensor([1, 0], dtype=torch.int16)])
 def test_arrays_and_tensors_make_a_split(images, labels):
@@ -96,8 +96,10 @@ def test_arrays_and_tensors_make_a_split(images, labels):
 
 @pytest.mark.parametrize("images, labels, argument", [
     (torch.rand(2, 1, 4, 4), [0, 1], "images"), (LEVELS / 255, [0, 1], "images"), (LEVELS.astype(int), [0, 1], "images"),
-    (LEVELS[0], [0, 1, 1], "images"), (LEVELS, [0.0, 1.0], "labels"), (LEVELS, torch.zeros(2), "labels"),
-    (LEVELS, [0], "labels"), (LEVELS, [[0], [1]], "labels"),
+    (LEVELS[0], [0, 1, 1], "images"), (None, [0, 1], "images"), (["a", "b"], [0, 1], "images"),
+    (LEVELS, [0.0, 1.0], "labels"), (LEVELS, torch.zeros(2), "labels"), (LEVELS, [0], "labels"),
+    (LEVELS, [[0], [1]], "labels"), (LEVELS, None, "labels"), (LEVELS, ["cat", "dog"], "labels"),
+    (LEVELS, np.array([0, None]), "labels"),
 ])
 def test_a_split_refuses_other_types_and_shapes(images, labels, argument):
     with pytest.raises(ValueError, match=argument):

@@ -65,13 +65,13 @@ def test_home_is_expanded(monkeypatch, tmp_path):
 def test_a_folder_that_cannot_be_made(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VAE_OUT", str(tmp_path / "file"))
-    with pytest.raises(OSError, match="file.checkpoints"):
+    with pytest.raises(OSError, match="file.checkpoints.*VAE_OUT"):
         vh.output_dir("checkpoints")
 
 
 def test_a_read_only_tree(monkeypatch, mount):
     monkeypatch.setenv("VAE_OUT", str(mount("size=64k,ro")))
-    with pytest.raises(OSError, match="mounted.*checkpoints"):
+    with pytest.raises(OSError, match="mounted.*checkpoints.*VAE_OUT"):
         vh.output_dir("checkpoints")
 
 
