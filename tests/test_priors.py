@@ -1,27 +1,17 @@
 """The flow and the flow matching of notebook 08, taken from its cells."""
 
-import nbformat
 import numpy as np
 import pytest
 import torch
+from cells import defined_in
 from sklearn.mixture import GaussianMixture
 
 import vae_helpers as vh
 
-NAMES = ("class Coupling", "class Flow", "def fit_to_codes", "class Velocity", "def carry")
-
 
 @pytest.fixture(scope="module")
 def cells():
-    """What the cells define that begin a class or function of NAMES."""
-    notebook = nbformat.read(vh.ROOT / "notebooks/08_better_priors.ipynb", as_version=4)
-    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    defined = {"torch": torch, "nn": torch.nn, "F": torch.nn.functional, "Normal": torch.distributions.Normal,
-               "here": torch.device("cpu")}
-    for name in NAMES:
-        (source,) = [source for source in sources if name in source]
-        exec(source, defined)
-    return defined
+    return defined_in("08", "Coupling", "Flow", "fit_to_codes", "Velocity", "carry", here=torch.device("cpu"))
 
 
 def disturbed(flow):
