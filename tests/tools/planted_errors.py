@@ -199,6 +199,25 @@ ERRORS = {  # what should notice -> what is wrong, the function, method or class
         ("free bits: given in evaluation as well", "free_bits", "model.training", "True"),
         ("free bits: nothing is free", "free_bits", "FREE.get(size, 0)", "0"),
     ],
+    "tests/test_at_work.py": [
+        ("bits-back: the prior of z twice as wide", "prior", "float(STEPS)", "2.0 * STEPS"),
+        ("bits-back: q(z|x) is not pushed back", "pop", "stack.encode_reverse(z, LATENTS, *posterior(model, x))", "None"),
+        ("bits-back: images in the order of the stack", "read", "[pop(stack, network) for _ in range(count)][::-1]",
+         "[pop(stack, network) for _ in range(count)]"),
+        ("bits-back: the checksum is not looked at", "read", "hashlib.sha256(content).digest() != digest", "False"),
+        ("bits-back: any model may read a file", "read", "maker != fingerprint(model)", "False"),
+        ("bits-back: the model keeps its mode", "exact", "copy.deepcopy(model).cpu().double().eval()",
+         "copy.deepcopy(model).cpu().double()"),
+    ],
+    "tests/test_codes.py": [
+        ("beta: NaN passes", "beta_loss", "not 0 <= beta < math.inf", "beta < 0 or beta == math.inf"),
+        ("beta weighs both terms", "beta_loss", "beta * kl - recon", "beta * (kl - recon)"),
+        ("codebook: no vector is dead", "Codebook.follow", "(self.n < 0.1 * fair) & self.restart", "self.n < 0"),
+        ("codebook: it moves in evaluation as well", "Codebook.forward", "self.training", "True"),
+        ("straight-through: no gradient", "straight_through", "h + (z - h).detach()", "z.detach() + 0 * h"),
+        ("prior of codes: a place sees the next", "CodePrior.forward", "self.body(h + self.place[:h.shape[1]], mask=mask, "
+         "is_causal=True)", "self.body(h + self.place[:h.shape[1]])"),
+    ],
     "notebooks/05_cifar10.ipynb": [
         ("Fréchet distance: the root counted once", "", "2 * root", "root"),
         ("Fréchet distance: the means forgotten", "", "((a.mean(0) - b.mean(0)) ** 2).sum()", "0"),
@@ -209,6 +228,17 @@ ERRORS = {  # what should notice -> what is wrong, the function, method or class
         ("calibration: confidence and share right added", "",
          "confidence[bins == b].mean() - (guess == y)[bins == b].float().mean()",
          "confidence[bins == b].mean() + (guess == y)[bins == b].float().mean()"),
+    ],
+    "notebooks/09_vaes_at_work.ipynb": [
+        ("M2: log p(y) forgotten", "bound_without_label", "math.log(elbos.shape[1])", "0"),
+        ("posterior of a part: the KL forgotten", "fit_posterior", "kl_divergence(q_z, p_z)", "0"),
+        ("context model: it sees its own pixel", "contexts", "(2, 1)", "(2, 2)"),
+    ],
+    "notebooks/10_other_codes.ipynb": [
+        ("gap: the best latent against the worst", "gap", "ranked[:, -2]", "ranked[:, 0]"),
+        ("rotation: the codes stay", "rotated", "q_z.mean @ U.T", "q_z.mean"),
+        ("perplexity: the entropy in place of its exponential", "perplexity",
+         "float((-torch.xlogy(share, share).sum()).exp())", "float(-torch.xlogy(share, share).sum())"),
     ],
 }
 
@@ -225,8 +255,9 @@ class Error(NamedTuple):
         """What the error is planted in."""
         if self.tests.endswith(".ipynb"):
             return self.tests
-        return {"tests/test_explorer.py": "notebooks/explorer.py", "tests/test_ladder.py": "notebooks/ladder.py"}.get(
-            self.tests, "vae_helpers.py")
+        return {"tests/test_explorer.py": "notebooks/explorer.py", "tests/test_ladder.py": "notebooks/ladder.py",
+                "tests/test_at_work.py": "notebooks/bits_back.py",
+                "tests/test_codes.py": "notebooks/10_other_codes.ipynb"}.get(self.tests, "vae_helpers.py")
 
 
 class PlaceError(ValueError):
