@@ -79,7 +79,7 @@ def fingerprint(model: vh.ConvVAE) -> bytes:
 
 def write(path: str | Path, model: vh.ConvVAE, images: Tensor) -> list[int]:
     """Writes uint8 ``images`` [N, C, H, W] of levels 0 and 255; returns the bits of the stack before and after each.
-    Raises ValueError for other images and models."""
+    Raises ValueError for other images and models, OSError when the file cannot be written."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != model.image_shape or not len(images):
         raise ValueError(f"images are {images.dtype} {list(images.shape)}; this model takes uint8 [N, *{model.image_shape}]")
     if not ((images == 0) | (images == 255)).all():
@@ -90,9 +90,8 @@ def write(path: str | Path, model: vh.ConvVAE, images: Tensor) -> list[int]:
         push(stack, network, x)
         bits.append(stack.num_bits())
     content = HEADER.pack(MAGIC, len(images), *model.image_shape, fingerprint(model)) + stack.get_compressed().tobytes()
-    beside = Path(f"{path}.tmp")
-    beside.write_bytes(content + hashlib.sha256(content).digest())
-    beside.replace(path)
+    with vh._writing(Path(path)) as beside:
+        beside.write_bytes(content + hashlib.sha256(content).digest())
     return bits
 
 
