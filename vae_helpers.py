@@ -92,8 +92,9 @@ def output_dir(name: str) -> Path:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Random numbers inside the block follow ``seed``; after it they go on, on CPU and CUDA, as if none was drawn."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    """Random numbers inside the block follow ``seed``; after it they go on, on CPU and accelerator, as if none was drawn."""
+    kind = device().type
+    with torch.random.fork_rng(range(torch.accelerator.device_count()), device_type="cuda" if kind == "cpu" else kind):
         torch.manual_seed(seed)
         yield
 
@@ -121,7 +122,8 @@ def _read(path: Path, *keys: str, mmap: bool = False) -> dict:
             kept = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         return {key: kept[key] for key in keys}
     except Exception as error:  # a damaged file can make the reader raise nearly anything
-        raise ValueError(f"{path} is damaged or lacks one of {', '.join(keys)}. Give another path, or delete it.") from error
+        raise ValueError(f"{path} is not there, is damaged or lacks one of {', '.join(keys)}. Give another path, or delete "
+                         "it.") from error
 
 
 def _check_whole(least: int, **values) -> None:
@@ -133,7 +135,7 @@ def _check_whole(least: int, **values) -> None:
 # ----------------------------------------------------------------------------------------------------------------- data
 
 
-@dataclass
+@dataclass(eq=False)
 class Split:
     """Images, uint8 [N, C, H, W], and labels, int64 [N]; of NumPy too. An index or slice gives a smaller Split.
     Raises ValueError for other types and shapes."""
@@ -249,7 +251,8 @@ def _load_official(name: str, root: Path) -> ImageData:
     images = [torch.as_tensor(half.data) for half in halves]  # [N, H, W] or [N, H, W, C]
     images = [x.view(*x.shape[:3], -1).permute(0, 3, 1, 2).contiguous() for x in images]
     splits = [Split(x, half.targets) for x, half in zip(images, halves, strict=True)]
-    return ImageData(*splits, tuple(halves[0].classes), name, title)
+    classes = tuple(label.split(" - ")[0] for label in halves[0].classes)  # of MNIST "7" in place of "7 - seven"
+    return ImageData(*splits, classes, name, title)
 
 
 def _load_packaged(name: str) -> ImageData:
@@ -257,7 +260,7 @@ def _load_packaged(name: str) -> ImageData:
     if name == "mnist":
         with np.load(ROOT / "notebooks/data/mnist_12k.npz") as file:
             splits = [Split(file[f"{half}_images"][:, None], file[f"{half}_labels"]) for half in ("train", "test")]
-        return ImageData(*splits, tuple(datasets.MNIST.classes), name, "MNIST, 12,000 digits")
+        return ImageData(*splits, tuple("0123456789"), name, "MNIST, 12,000 digits")
     if name == "digits":  # 8x8, enlarged to 20x20 in the middle of 28x28, the size that digits of MNIST have
         bunch = load_digits()
         ink = v2.functional.resize(torch.as_tensor(bunch.images).unsqueeze(1) / 16, [20, 20], antialias=True).clamp(0, 1)
@@ -277,13 +280,17 @@ def _load_folder(folder: Path, root: Path, channels: int, image_size: int) -> Im
     _check_whole(1, image_size=image_size)
     if channels not in (1, 3):
         raise ValueError(f"channels is {channels}; it must be 1 (grey) or 3 (colour)")
+    channels, image_size = int(channels), int(image_size)
     parts = {part.name.lower(): part for part in folder.iterdir() if part.is_dir()}
+    if "train" in parts and "test" not in parts and parts.keys() & {"val", "valid", "validation"}:
+        raise ValueError(f"{folder} holds {', '.join(sorted(parts))}: rename the half for testing to test")
     halves = {half: parts[half] for half in ("train", "test")} if {"train", "test"} <= parts.keys() else {None: folder}
     found = {half: {} for half in halves}  # half -> class -> pictures
     for half, part in halves.items():
         for path in sorted(part.glob("*/**/*")):
             names = path.relative_to(part).parts
-            if not path.is_dir() and not any(name.startswith(".") or name in SYSTEMS for name in names):
+            if not path.is_dir() and root / "cache" not in path.parents and not any(
+                    name.startswith(".") or name in SYSTEMS for name in names):
                 found[half].setdefault(names[0], []).append(path)
     classes = [*map(list, found.values())]
     if not classes[0] or classes[0] != classes[-1]:
@@ -344,6 +351,7 @@ def _decode_all(pictures: list[tuple[Path, int, str | None]], cache: Path, chann
             pixels = torch.from_file(str(Path(folder, half)), size=math.prod(shape), dtype=torch.uint8)
             kept[half] = (pixels.view(shape), torch.tensor(of))
         torch.save(kept, file)
+        del kept, pixels  # Windows deletes no file that is mapped
 
 
 # ----------------------------------------------------------------------------------------------------- likelihood terms
@@ -407,16 +415,17 @@ def log_likelihood(model: nn.Module, x: Tensor, y: Tensor | None = None, num_sam
     return torch.cat(result).to(x.device)
 
 
-def _per_image(distribution: Distribution, name: str, count: int) -> Distribution:
-    if distribution.batch_shape != (count,):
-        raise ValueError(f"{name} has batch shape {list(distribution.batch_shape)} for {count} images, not [{count}]: "
-                         "wrap it in torch.distributions.Independent, so that log_prob sums over the axes of one image")
+def _per_image(distribution: Distribution, name: str, *batch: int) -> Distribution:
+    if distribution.batch_shape != batch:
+        raise ValueError(f"{name} has batch shape {list(distribution.batch_shape)}; it must have {list(batch)}: wrap it in "
+                         "torch.distributions.Independent, so that log_prob sums over the axes of one image or code")
     return distribution
 
 
 def _recon(p_x: Distribution, x: Tensor) -> Tensor:
     """log p(x|z), nats [B]. Raises ValueError when x is no possible value, whatever the settings of torch and Python."""
-    _per_image(p_x, "p(x|z)", len(x))
+    if 0 < len(_per_image(p_x, "p(x|z)", len(x)).event_shape) != x.ndim - 1:
+        raise ValueError(f"p(x|z) has event shape {list(p_x.event_shape)}; it must be {list(x.shape[1:])}, that of an image")
     with suppress(NotImplementedError):  # a distribution of one's own may leave its support unsaid
         if Distribution._validate_args is not None and not p_x.support.check(x).all():  # None: while fit trains
             raise ValueError(
@@ -428,8 +437,9 @@ def _recon(p_x: Distribution, x: Tensor) -> Tensor:
 
 def _prior(model: nn.Module, z: Tensor) -> Distribution:
     """p(z), of the shape of one code ``z``: the model's own, else N(0, I)."""
-    own = getattr(model, "prior", None)
-    return own if own is not None else Independent(Normal(torch.zeros_like(z), torch.ones_like(z)), z.ndim)
+    if (own := getattr(model, "prior", None)) is None:
+        return Independent(Normal(torch.zeros_like(z), torch.ones_like(z)), z.ndim)
+    return _per_image(own, "p(z)") if isinstance(own, Distribution) else own
 
 
 def bits_per_dim(nats: Tensor | float, num_dims: int) -> Tensor | float:
@@ -478,6 +488,8 @@ class DiscretizedLogistic(Distribution):
     def of_output(cls, output: Tensor) -> Distribution:
         """p(x|z) of the [B, 2, H, W], [B, 6, H, W] or, with links, [B, 9, H, W] that a decoder gives. Outputs near 0, as at
         the start, mean a grey pixel give or take a tenth; no scale is far below one level."""
+        if output.shape[1] not in (2, 6, 9):
+            raise ValueError(f"output is {list(output.shape)}; it must have 2, 6 or 9 channels")
         colours = 1 if output.shape[1] == 2 else 3
         loc, log_scale, links = output.tensor_split((colours, 2 * colours), dim=1)
         return Independent(cls(0.5 + 0.25 * loc, (log_scale - 3).clamp(-8, 4), links if links.shape[1] else None), 3)
@@ -604,12 +616,14 @@ class ConvVAE(nn.Module):
     def sample(self, num_images: int, y: Tensor | None = None) -> Tensor:
         """Mean images [num_images, C, H, W] of p(x|z) at draws z of the prior, in eval mode."""
         with _eval_mode(self) as here:
-            return self.decode(_prior(self, torch.empty(self.latent_dim, device=here)).sample((num_images,)), y).mean
+            z = _prior(self, torch.empty(self.latent_dim, device=here)).sample((num_images,))
+            return self.decode(z, None if y is None else y.to(here)).mean
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Mean images [B, C, H, W] of p(x|z) at the posterior mean z of each image, in eval mode."""
-        with _eval_mode(self):
+        with _eval_mode(self) as here:
+            x, y = x.to(here), None if y is None else y.to(here)
             return self.decode(self.encode(x, y).mean, y).mean
 
 
@@ -618,7 +632,8 @@ def load_weights(path: str | Path) -> tuple[ConvVAE, dict]:
     ``device()``; and the info. Raises ValueError when ``path`` is no such file."""
     kept = _read(Path(path).expanduser(), "config", "state", "info")
     try:
-        model = ConvVAE(**kept["config"])
+        with seeded(0):  # draws nothing from the reader's random numbers
+            model = ConvVAE(**kept["config"])
         model.load_state_dict(kept["state"])
     except Exception as error:
         raise ValueError(f"{path} does not hold the configuration and weights of a ConvVAE: {error}") from error
@@ -700,6 +715,7 @@ class History:
 def evaluate(model: nn.Module, split: Split, *, loss: Callable = negative_elbo, seed: int = 0) -> dict[str, float]:
     """Mean of each of the loss's values over ``split``, in eval mode and float32; posterior samples follow ``seed``.
     Raises ValueError when the loss does not give one value for each image."""
+    _check_whole(1, **{"len(split)": len(split)})
     sums = Counter()
     with _eval_mode(model) as here, seeded(seed):
         for start in range(0, len(split), 1000):
@@ -712,7 +728,7 @@ def evaluate(model: nn.Module, split: Split, *, loss: Callable = negative_elbo, 
 def _named(values: Tensor | dict[str, Tensor], count: int) -> dict[str, Tensor]:
     values = values if isinstance(values, dict) else {"loss": values}
     shapes = {name: getattr(value, "shape", None) for name, value in values.items()}
-    if "loss" not in values or any(shape != (count,) for shape in shapes.values()):
+    if "loss" not in values or "update" in values or any(shape != (count,) for shape in shapes.values()):
         raise ValueError(f"the loss gives {shapes}; it must give 'loss', and all the rest, as tensors [{count}], one value "
                          "per image: sum over pixels and latents, not over the batch")
     return {name: value if value.is_floating_point() else value.float() for name, value in values.items()}
@@ -729,8 +745,8 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
     ``loss(model, x, y)``: nats per image [B], or a dict of such tensors, "loss" among them, which the History keeps.
     ``transform(x)``: applied to each training batch on the device, such as torch.bernoulli (dynamic binarization).
     ``bfloat16``: train in mixed precision; by default where the hardware is fast at it.
-    ``on_epoch(model, epoch)``: called with 0 before the first epoch and after each; a Tensor it returns is kept. Of what it
-    changes, a checkpoint holds the weights and buffers of the model.
+    ``on_epoch(model, epoch)``: called, in eval mode, with 0 before the first epoch and after each; a Tensor it returns is
+    kept. Of what it changes, a checkpoint holds the weights and buffers of the model.
     ``checkpoint``: a file written after every epoch and continued when it is there: after the stop button (KeyboardInterrupt
     passes through) or a kill the same call ends with the weights, bit for bit, of one never stopped.
     Equal ``seed`` and initial weights give equal weights on the CPU of one machine. Under torchrun every process makes this
@@ -758,8 +774,10 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
     run, history, done = _resume(checkpoint, things, parts, rank, world)
     progress = progress and rank == 0
     unchecked = patch.object(Distribution, "_validate_args", None)  # checks of every value cost up to a third of the time
-    with seeded(seed), unchecked, tqdm(total=updates, initial=max(done, 0) * batches, leave=False, ncols=100,
-                                       file=_progress_file() if progress else None, disable=not progress) as bar:
+    model.eval()
+    with _eval_mode(model), seeded(seed), unchecked, tqdm(
+            total=updates, initial=max(done, 0) * batches, leave=False, ncols=100,
+            file=_progress_file() if progress else None, disable=not progress) as bar:
         for epoch in range(done + 1, epochs + 1):
             if epoch:
                 torch.manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))  # as after a resume
@@ -785,6 +803,7 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
                         history.train.setdefault(name, []).append(value)
                     bar.set_postfix(epoch=f"{epoch}/{epochs}", loss=f"{values['loss']:.2f}", refresh=False)
                     bar.update()
+                model.eval()
                 history.seconds.append(time.perf_counter() - start)
                 for buffer in model.buffers() if world > 1 else ():
                     dist.broadcast(buffer, 0)
@@ -800,7 +819,6 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
                 with _writing(checkpoint) as file:
                     torch.save({"run": run, "epoch": epoch, "history": asdict(history),
                                 **{name: part.state_dict() for name, part in parts.items()}}, file)
-    model.eval()
     return history
 
 
@@ -912,9 +930,11 @@ def _fingerprint(name: str, thing, trained: list[Tensor]) -> dict[str, str]:
         run[name] = f"{kind.__qualname__} {getattr(thing, '__name__', '')}"
         own, parts = not _installed(kind), {}
         if isinstance(thing, Tensor):
-            values = b"" if id(thing) in seen else thing.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+            known = id(thing) in seen or not thing.numel()
+            values = b"" if known else thing.detach().cpu().reshape(-1).view(torch.uint8).numpy()
             run[name] = f"{list(thing.shape)}, checksum {hashlib.sha256(values).hexdigest()[:16]}"
-        elif thing is None or isinstance(thing, numbers.Number | str | bytes | Path | Enum | torch.dtype | torch.device):
+        elif thing is None or isinstance(
+                thing, numbers.Number | str | bytes | range | slice | Path | Enum | torch.dtype | torch.device):
             run[name] = repr(thing)
         elif id(thing) in seen:
             continue
@@ -940,7 +960,8 @@ def _fingerprint(name: str, thing, trained: list[Tensor]) -> dict[str, str]:
                 and not (is_dataclass(thing) and value.__code__.co_filename == "<string>"))}
         else:
             names = {"__class__"} if own else {"func", "args", "keywords", "fget", "__func__", "__self__", "__wrapped__"}
-            if kind is not thing and (own or str(kind.__module__).startswith(("torch", "types", "argparse"))):
+            if kind is not thing and (own or isinstance(thing, nn.Module) or str(kind.__module__).startswith(
+                    ("torch", "types", "argparse", "sklearn"))):
                 plumbing = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
                 names |= {*getattr(thing, "__dict__", ()), *getattr(kind, "__slots__", ())} - plumbing
             parts = {part: getattr(thing, part) for part in names if hasattr(thing, part)}
@@ -983,6 +1004,7 @@ def show_images(images: Tensor, *, columns: int = 10, labels: list[str] | None =
     Raises ValueError without an image."""
     if images.ndim != 4 or not len(images) or images.shape[1] not in (1, 3):
         raise ValueError(f"images are {images.dtype} {list(images.shape)}; they must be [N, C, H, W], N > 0 and C of 1 or 3")
+    _check_whole(1, columns=columns)
     images = images.detach().cpu().float() / (255 if images.dtype == torch.uint8 else 1)
     columns, rows = min(columns, len(images)), math.ceil(len(images) / columns)
     images = F.pad(images, (0, 2, 0, images.shape[2] // 3 if labels else 2), value=1.0)  # room to the right and below
@@ -1010,8 +1032,8 @@ def plot_history(history: History, title: str = "", ylabel: str = "nats per imag
     if not history.train:
         raise ValueError("history is empty: train for at least one epoch")
     names = {"loss": "-ELBO" if "kl" in history.train else "loss", "kl": "KL(q(z|x) || p(z))",
-             "recon": "reconstruction log-likelihood"}
-    figure, panels = plt.subplots(1, len(history.train), figsize=(4.2 * len(history.train), 3), squeeze=False,
+             "recon": "recon, log p(x|z)"}
+    figure, panels = plt.subplots(1, len(history.train), figsize=(3 * len(history.train), 2.6), squeeze=False,
                                   layout="constrained")
     for panel, (name, values) in zip(panels[0], history.train.items(), strict=True):
         panel.plot(range(1, len(values) + 1), values, lw=0.5, alpha=0.6, label="training batches")

@@ -47,7 +47,7 @@ class Map:
                 mine, colour = points[labels == label], vh.COLOURS[label % len(vh.COLOURS)]
                 axes.scatter(*mine.T, s=8, color=colour, alpha=0.6, linewidths=0)
                 axes.text(mine[:, 0].median(), (middle + slot) / 2, classes[label], ha="center", va="center",
-                          fontsize=7.5, parse_math=False, bbox={"fc": "white", "ec": colour, "boxstyle": "round,pad=0.15"})
+                          fontsize=9, parse_math=False, bbox={"fc": "white", "ec": colour, "boxstyle": "round,pad=0.15"})
             axes.figure.savefig(file := io.BytesIO(), format="png")
         self.picture = torch.tensor(plt.imread(io.BytesIO(file.getvalue())))[..., :3].permute(2, 0, 1)
 
@@ -138,7 +138,7 @@ class LatentExplorer(Panel):
     def _save(self) -> None:
         folder = Path(self.folder or vh.output_dir("images") / "explorer").expanduser()
         folder.mkdir(parents=True, exist_ok=True)
-        path = next(path for i in range(1, 10**6) if not (path := folder / f"{i:03}.png").exists())
+        path = next(folder / f"{i:03}.png" for i in range(1, 10**6) if not any(folder.glob(f"{i:03}.*")))
         path.write_bytes(self.image.value)
         torch.save({"z": self._z, "label": self.label}, path.with_suffix(".pt"))
         self.status.value = html.escape(f"saved {path} and its z, {path.stem}.pt")
@@ -159,11 +159,13 @@ class LatentExplorer(Panel):
         label = self.label if label is None else names.index(label) if label in names else int(label)
         self._shown = vh.mean_images(self.model, z[None], label)[0]
         self._z, self._moving = z, True
-        self.image.value, self.labels.index = png(self._shown), label
-        self.map.value = self._map.at(z)
-        for dim, slider in self.sliders.items():  # on a binary grid: other values the page rounds and sends back
-            slider.value = round(16 * float(z[dim].clamp(-4, 4))) / 16
-        self._moving = False
+        try:
+            self.image.value, self.labels.index = png(self._shown), label
+            self.map.value = self._map.at(z)
+            for dim, slider in self.sliders.items():  # on a binary grid: other values the page rounds and sends back
+                slider.value = round(16 * float(z[dim].clamp(-4, 4))) / 16
+        finally:
+            self._moving = False
 
     z = property(lambda self: self._z.clone(), _move)
     label = property(lambda self: self.labels.index, lambda self, label: self._move(self._z, label))
@@ -174,8 +176,9 @@ class LatentExplorer(Panel):
         points[range(len(points)), :, list(self.sliders)] = torch.tensor(values).to(points)
         images = vh.mean_images(self.model, points.flatten(0, 1), self.label)
         with plt.style.context(vh.STYLE, after_reset=True):
-            figure = vh.show_images(images, columns=7, column_labels=[*map(str, values)], title="value of the latent",
-                                    row_labels=[slider.description for slider in self.sliders.values()])
+            figure = vh.show_images(images, columns=7, column_labels=[*map(str, values)], row_labels=[
+                f"$z_{{{dim}}}$, {self._map.kl[dim]:.2f} nats" for dim in self.sliders],
+                title="value of the latent" + f", label {self.labels.value}" * bool(self.labels.options))
             figure.savefig(file := io.BytesIO(), format="png")
         return file.getvalue()
 

@@ -114,6 +114,7 @@ class Ladder(nn.Module):
         return self.descend(self.top(len(x), y), choose).log_prob(x), kl
 
     def elbo_terms(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """recon and kl, nats [B] each. In train mode kl is the closed form, so importance weights need eval mode."""
         recon, kl = self.terms(x, y)
         return recon, sum(kl)
 

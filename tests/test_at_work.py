@@ -1,5 +1,6 @@
 """Files of binary images (notebooks/bits_back.py), and what the functions of notebook 09 refuse."""
 
+import os
 import subprocess
 import sys
 
@@ -45,12 +46,13 @@ def test_it_grows_by_the_negative_elbo(digits, tmp_path):
     assert len(bits) == 61 and abs((bits[-1] - bits[0]) / 60 / expected - 1) < 0.02
 
 
-def test_a_fresh_process_reads_it(model, images, file, tmp_path):
+@pytest.mark.parametrize("width", ["default", "avx2"])
+def test_a_fresh_process_on_another_processor_reads_it(model, images, file, tmp_path, width):
     torch.save({"config": model.config, "state": model.state_dict(), "info": {}}, tmp_path / "weights.pt")
     code = ("import sys; sys.path[:0] = sys.argv[1:3]; import vae_helpers as vh, bits_back, torch\n"
             "model, _ = vh.load_weights(sys.argv[3]); torch.save(bits_back.read(sys.argv[4], model), sys.argv[5])")
     subprocess.run([sys.executable, "-c", code, vh.ROOT, vh.ROOT / "notebooks", tmp_path / "weights.pt", file,
-                    tmp_path / "out.pt"], check=True)
+                    tmp_path / "out.pt"], check=True, env={**os.environ, "ATEN_CPU_CAPABILITY": width})
     assert torch.equal(torch.load(tmp_path / "out.pt", weights_only=True), images)
 
 

@@ -199,6 +199,7 @@ def test_mnist_is_the_official_one():
     data = vh.load_data("mnist")
     check(data, (1, 28, 28), 10)
     assert (*sizes(data), data.name, data.source) == (60_000, 10_000, "mnist", "MNIST")
+    assert data.classes == tuple("0123456789")
     header = np.array([2051, 60_000, 28, 28], dtype=">i4").tobytes()
     digest = hashlib.md5(header + data.train.images.numpy().tobytes()).hexdigest()
     assert digest == "6bbc9ace898e44ae57da46a324031adb"
@@ -214,7 +215,7 @@ def test_mnist_falls_back_to_the_embedded_digits(offline, arrays):
     assert data.source in str(seen[0].message) and str(offline) in str(seen[0].message) and "12,000" in data.source
     check(data, (1, 28, 28), 10)
     assert (*sizes(data), data.name) == (10_000, 2_000, "mnist")
-    assert data.classes == tuple(datasets.MNIST.classes), "as from the official files"
+    assert data.classes == tuple("0123456789"), "as of all of MNIST"
     assert np.array_equal(data.test.images[:, 0], arrays["test_images"])
     assert np.array_equal(data.train.labels, arrays["train_labels"])
 
@@ -537,6 +538,20 @@ def test_capitals_do_not_matter(pets, halves):
 def test_a_class_may_have_the_name_of_a_half(pets, name):
     data = vh.load_data(write_pictures(pets, classes=("bus", name)))
     assert set(data.classes) == {"bus", name} and sizes(data) == (18, 2)
+
+
+@pytest.mark.parametrize("name", ["val", "Valid", "validation"])
+def test_a_half_for_validation_is_not_taken_for_a_class(pets, name):
+    write_pictures(pets / "train", 2)
+    write_pictures(pets / name, 2)
+    with pytest.raises(ValueError, match="test"):
+        vh.load_data(pets)
+
+
+def test_the_cache_in_the_folder_itself_is_no_class(pets):
+    write_pictures(pets)
+    first, second = (vh.load_data(pets, root=pets, image_size=np.int64(32)) for _ in range(2))
+    assert first.classes == second.classes == ("cat", "dog") and sizes(first) == sizes(second)
 
 
 def test_pictures_of_deeper_folders_belong_to_the_class(pets):

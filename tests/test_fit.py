@@ -216,6 +216,20 @@ def test_a_parameter_that_on_epoch_returns_is_kept_as_it_was(some):
     assert not torch.equal(history.kept[0], history.kept[2]) and not history.kept[0].requires_grad
 
 
+def test_on_epoch_gets_the_model_in_eval_mode_and_the_stop_button_leaves_it_so(some):
+    modes = []
+
+    def stop(model, epoch):
+        modes.append(model.training)
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    model = fresh()
+    with pytest.raises(KeyboardInterrupt):
+        run(model, some, on_epoch=stop)
+    assert modes == [False] * 3 and not model.training
+
+
 def test_no_epochs(some):
     before, model = fresh(), fresh()
     assert run(model, some, epochs=0).train == {} and equal(before, model)
@@ -727,6 +741,9 @@ def objective(model, x, y): return scaled(model, x, y, WEIGH(0.5))
 ## a function of NumPy
 WEIGH = {1.0: np.exp, 2.0: np.cos}[ONE]
 def objective(model, x, y): return scaled(model, x, y, float(WEIGH(0.5)))
+## a range
+STEPS = range(int(ONE))
+def objective(model, x, y): return scaled(model, x, y, len(STEPS))
 ## a distribution
 P = torch.distributions.Normal(0.0, ONE)
 def objective(model, x, y): return scaled(model, x, y, P.scale)

@@ -256,6 +256,20 @@ def test_a_distribution_without_a_support_of_its_own_is_taken_at_its_word():
     torch.testing.assert_close(vh.elbo(Model(), x)[0], x.flatten(1).sum(1))
 
 
+@pytest.mark.parametrize("call", [vh.elbo, vh.log_likelihood])
+def test_a_prior_and_a_likelihood_that_are_not_one_event_are_refused(call):
+    class Flat(TinyVAE):
+        def decode(self, z, y=None):
+            return Independent(Bernoulli(logits=self.decoder(z)[:, 0]), 2)
+
+    x, loose = torch.bernoulli(torch.rand(3, 1, 28, 28)), TinyVAE()
+    loose.prior = Normal(torch.zeros(4), torch.ones(4))
+    with pytest.raises(ValueError, match=r"p\(z\)"):
+        call(loose, x)
+    with pytest.raises(ValueError, match=r"p\(x\|z\)"):
+        call(Flat(), x)
+
+
 def test_bits_per_dim_of_known_sources():
     levels = Categorical(torch.tensor([0.5, 0.25, 0.125, 0.125]).double())
     assert vh.bits_per_dim(12 * math.log(1 / 256), 12) == pytest.approx(8)

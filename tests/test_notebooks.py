@@ -72,6 +72,7 @@ def test_it_opens_and_closes_like_the_others(path, notebook, prose):
     assert re.match(rf"# {path.name[:2]} \S", first), "the title starts with the notebook's number"
     assert "You will be able to" in first and re.search(r"\bYou need\b", first)
     assert re.search(r"(seconds|minutes?) .*\(`standard`\)|\(`standard`\).*(seconds|minutes)", first.replace("\n", " "))
+    assert not re.search(r"PLACEHOLDER|TODO|FIXME", prose), "a gap is left"
     for heading in ("## Takeaways", "## Exercises", "## References"):
         assert heading in prose
     assert "<details><summary>Solution" in prose and re.search(r"arXiv \d{4}\.\d{4,5}", prose)

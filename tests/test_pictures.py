@@ -93,7 +93,7 @@ def test_plot_history_has_a_panel_for_each_term(few):
     history = vh.fit(TinyVAE(), few, epochs=2, transform=torch.bernoulli, progress=False)
     figure = drawn(vh.plot_history(history, "digits"))
     assert texts(axes.title for axes in figure.axes) == [
-        "-ELBO", "reconstruction log-likelihood", "KL(q(z|x) || p(z))"]
+        "-ELBO", "recon, log p(x|z)", "KL(q(z|x) || p(z))"]
     assert all(axes.get_xlabel() == "updates" and axes.get_ylabel() == "nats per image" for axes in figure.axes)
     assert figure.get_suptitle() == "digits"
     for axes, name in zip(figure.axes, history.train, strict=True):

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "tools"))
 
-from store import code_checksum, is_stored, scrub
+from store import code_checksum, is_stored, scrub, weights
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -18,6 +18,13 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 def test_outputs_come_from_a_full_run_of_this_code(path):
     assert is_stored(nbformat.read(path, as_version=4)), (
         f"the code of {path.name} changed: run tests/tools/store.py {path.name[:2]}")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_outputs_rest_on_the_weights_that_are_stored(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert notebook.metadata["stored"].get("weights", weights(notebook)) == weights(notebook), (
+        f"weights changed after {path.name} ran: run tests/tools/store.py {path.name[:2]}")
 
 
 def code(*sources):

@@ -42,6 +42,13 @@ def code_checksum(notebook: nbformat.NotebookNode) -> str:
     return hashlib.sha256(json.dumps([cell.source for cell in code_cells(notebook)]).encode()).hexdigest()
 
 
+def weights(notebook: nbformat.NotebookNode) -> dict[str, str]:
+    """Checksums of the files in notebooks/weights that the code names: one notebook's outputs rest on another's run."""
+    code = "".join(cell.source for cell in code_cells(notebook))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+            for path in sorted((ROOT / "notebooks/weights").glob("*.pt")) if path.name in code}
+
+
 def is_stored(notebook: nbformat.NotebookNode) -> bool:
     """Whether the outputs come from a ``full`` run of exactly this code."""
     stored = notebook.metadata.get("stored", {})
@@ -136,6 +143,7 @@ def run(path: Path, budget: str, out: Path, here: Path) -> str:
         for name in WRITTEN:
             if (out / name).is_dir():
                 shutil.copytree(out / name, ROOT / name, dirs_exist_ok=True)
+    notebook.metadata["stored"]["weights"] = weights(notebook)
     write(notebook, here / path.name)
     size = (here / path.name).stat().st_size / 1e6
     return f"{path.name}: {budget}, {minutes:.1f} minutes, {size:.2f} MB" + (
