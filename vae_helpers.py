@@ -364,9 +364,10 @@ def gaussian_kl(mean: Tensor, log_var: Tensor) -> Tensor:
 
 
 def elbo(model: nn.Module, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The two terms of the evidence lower bound, nats [B] each: recon, log p(x|z) at one posterior sample, and kl. ELBO =
-    E_q[log p(x|z)] - KL(q(z|x) || p(z)) (Kingma and Welling 2014, arXiv 1312.6114, equation 3). Raises ValueError when x is
-    no possible value under p(x|z), and when a distribution of the model is not one event for each image."""
+    """The two terms of the evidence lower bound, nats [B] each: recon, log p(x|z) at one posterior sample, and kl, which the
+    same sample estimates where torch knows no formula. ELBO = E_q[log p(x|z)] - KL(q(z|x) || p(z)) (Kingma and Welling 2014,
+    arXiv 1312.6114, equation 3). Raises ValueError when x is no possible value under p(x|z), and when a distribution of the
+    model is not one event for each image."""
     if hasattr(model, "elbo_terms"):
         return model.elbo_terms(x, y)
     q_z = _per_image(model.encode(x, y), "q(z|x)", len(x))
@@ -614,7 +615,8 @@ class ConvVAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, num_images: int, y: Tensor | None = None) -> Tensor:
-        """Mean images [num_images, C, H, W] of p(x|z) at draws z of the prior, in eval mode."""
+        """Mean images [num_images, C, H, W] of p(x|z) at draws z of the prior, for labels ``y`` int64 [num_images], in eval
+        mode."""
         with _eval_mode(self) as here:
             z = _prior(self, torch.empty(self.latent_dim, device=here)).sample((num_images,))
             return self.decode(z, None if y is None else y.to(here)).mean
@@ -658,13 +660,15 @@ def encode_all(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
 
 
 def kl_per_dim(model: nn.Module, split: Split) -> Tensor:
-    """KL(q(z_i|x) || N(0, 1)) of each latent i, mean over ``split``: nats [latent_dim]. Raises as encode_all."""
+    """KL of the Gaussian with mean and deviation of q(z_i|x) to N(0, 1), whatever the prior, of each latent i, mean over
+    ``split``: nats [latent_dim]. Raises as encode_all."""
     return kl_divergence(Normal(*encode_all(model, split)), Normal(0.0, 1.0)).mean(0)
 
 
 @torch.no_grad()
 def mean_images(model: nn.Module, z: Tensor, label: int | None = None) -> Tensor:
-    """Mean images of p(x|z) at each row of ``z``, of class ``label`` if given, in eval mode: [B, C, H, W] in [0, 1], CPU."""
+    """Mean images of p(x|z) at each row of ``z`` [B, latent_dim], of class ``label`` if given, in eval mode: [B, C, H, W] in
+    [0, 1], on the CPU. Raises ValueError for a label that does not fit."""
     with _eval_mode(model) as here:
         y = None if label is None else torch.full((len(z),), label, device=here)
         return model.decode(z.to(here), y).mean.float().clamp(0, 1).cpu()
@@ -741,7 +745,9 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
     """Trains ``model`` in place, on ``device()``, with ``data.train``; measures it on ``data.test`` after every epoch, and
     leaves it in eval mode.
 
-    ``lr``: peak of a one-cycle schedule (Smith and Topin 2018, arXiv 1708.07120).
+    ``batch_size``: of all processes together; batches are spread, so that sizes differ by at most one.
+    ``optimizer``: called as optimizer(parameters, lr=lr). ``lr``: peak of a one-cycle schedule (Smith and Topin 2018, arXiv
+    1708.07120).
     ``loss(model, x, y)``: nats per image [B], or a dict of such tensors, "loss" among them, which the History keeps.
     ``transform(x)``: applied to each training batch on the device, such as torch.bernoulli (dynamic binarization).
     ``bfloat16``: train in mixed precision; by default where the hardware is fast at it.
@@ -1031,7 +1037,9 @@ def plot_history(history: History, title: str = "", ylabel: str = "nats per imag
     Raises ValueError for a history without an epoch."""
     if not history.train:
         raise ValueError("history is empty: train for at least one epoch")
-    names = {"loss": "-ELBO" if "kl" in history.train else "loss", "kl": "KL(q(z|x) || p(z))",
+    is_elbo = {"kl", "recon"} <= history.train.keys() and np.allclose(
+        np.subtract(history.train["kl"], history.train["recon"]), history.train["loss"], rtol=1e-3)
+    names = {"loss": "-ELBO" if is_elbo else "loss", "kl": "KL(q(z|x) || p(z))",
              "recon": "recon, log p(x|z)"}
     figure, panels = plt.subplots(1, len(history.train), figsize=(3 * len(history.train), 2.6), squeeze=False,
                                   layout="constrained")

@@ -89,6 +89,13 @@ def test_no_name_is_special():
 # plot_history
 
 
+@pytest.mark.parametrize("beta, title", [(1, "-ELBO"), (4, "loss")])
+def test_only_the_negative_elbo_is_called_so(beta, title):
+    values = {"loss": [beta + 80.0, beta + 70.0], "recon": [-80.0, -70.0], "kl": [1.0, 1.0]}
+    history = vh.History(train=values, test={"update": [1, 2], **values})
+    assert vh.plot_history(history).axes[0].get_title() == title
+
+
 def test_plot_history_has_a_panel_for_each_term(few):
     history = vh.fit(TinyVAE(), few, epochs=2, transform=torch.bernoulli, progress=False)
     figure = drawn(vh.plot_history(history, "digits"))
