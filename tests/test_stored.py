@@ -1,15 +1,19 @@
 """Each notebook's outputs come from one full run of exactly its code, says the checksum that tests/tools/store.py wrote."""
 
+import base64
+import io
 import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "tools"))
 
-from store import code_checksum, is_stored, scrub, weights
+from store import code_checksum, is_stored, scrub, smaller, weights
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -39,6 +43,15 @@ def test_the_checksum_sees_code_and_cells_and_nothing_else():
     assert code_checksum(notebook) == before
     assert len({before, code_checksum(code("a = 2", "print(a)")), code_checksum(code("print(a)", "a = 1")),
                 code_checksum(code("a = 1\n\nprint(a)"))}) == 4
+
+
+def test_pictures_keep_their_pixels_in_fewer_bytes():
+    pixels = np.random.default_rng(0).integers(0, 2, (40, 50, 3), dtype=np.uint8) * 255
+    Image.fromarray(pixels).save(file := io.BytesIO(), format="PNG", compress_level=0)
+    before = base64.b64encode(file.getvalue()).decode()
+    after = smaller(before)
+    assert len(after) < len(before)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(after)))), pixels)
 
 
 def test_scrubbing_leaves_what_a_reader_sees(tmp_path):

@@ -12,9 +12,11 @@ their stored run, and exits with 1 where there is one.
 """
 
 import argparse
+import base64
 import datetime
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -28,6 +30,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITTEN = ("images", "notebooks/weights")  # what a full run replaces in the project
@@ -79,6 +82,16 @@ def without_folders(text: str, out: Path) -> str:
     return text
 
 
+def smaller(png: str) -> str:
+    """A PNG file in base64, the same pixels in as few bytes as Pillow can; an animation as it is."""
+    with Image.open(io.BytesIO(base64.b64decode(png))) as picture:
+        if getattr(picture, "n_frames", 1) > 1:
+            return png
+        picture.save(file := io.BytesIO(), format="PNG", optimize=True, dpi=picture.info.get("dpi", (72, 72)))
+    again = base64.b64encode(file.getvalue()).decode()
+    return min(png, again, key=len)
+
+
 def scrub(notebook: nbformat.NotebookNode, out: Path) -> str:
     """Leaves the outputs that a reader without a kernel can see; returns what cells wrote to stderr, which goes."""
     notebook.metadata = nbformat.from_dict({
@@ -104,6 +117,8 @@ def scrub(notebook: nbformat.NotebookNode, out: Path) -> str:
             for kind, value in output.data.items():
                 if kind.startswith("text/"):
                     output.data[kind] = without_folders(value, out)
+                elif kind == "image/png" and value:
+                    output.data[kind] = smaller(value)
             if any(value != "" for value in output.data.values()):  # a progress line leaves an empty one
                 kept.append(output)
         cell.outputs = kept
