@@ -289,7 +289,7 @@ def _load_folder(folder: Path, root: Path, channels: int, image_size: int) -> Im
     for half, part in halves.items():
         for path in sorted(part.glob("*/**/*")):
             names = path.relative_to(part).parts
-            if not path.is_dir() and root / "cache" not in path.parents and not any(
+            if not path.is_dir() and not path.is_relative_to(root / "cache") and not any(
                     name.startswith(".") or name in SYSTEMS for name in names):
                 found[half].setdefault(names[0], []).append(path)
     classes = [*map(list, found.values())]
@@ -734,7 +734,7 @@ def _named(values: Tensor | dict[str, Tensor], count: int) -> dict[str, Tensor]:
     shapes = {name: getattr(value, "shape", None) for name, value in values.items()}
     if "loss" not in values or "update" in values or any(shape != (count,) for shape in shapes.values()):
         raise ValueError(f"the loss gives {shapes}; it must give 'loss', and all the rest, as tensors [{count}], one value "
-                         "per image: sum over pixels and latents, not over the batch")
+                         "per image, none named 'update': sum over pixels and latents, not over the batch")
     return {name: value if value.is_floating_point() else value.float() for name, value in values.items()}
 
 
@@ -780,7 +780,7 @@ def fit(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 128
     run, history, done = _resume(checkpoint, things, parts, rank, world)
     progress = progress and rank == 0
     unchecked = patch.object(Distribution, "_validate_args", None)  # checks of every value cost up to a third of the time
-    model.eval()
+    model.eval()  # the mode to come back to, whatever stops the training
     with _eval_mode(model), seeded(seed), unchecked, tqdm(
             total=updates, initial=max(done, 0) * batches, leave=False, ncols=100,
             file=_progress_file() if progress else None, disable=not progress) as bar:
@@ -1039,8 +1039,7 @@ def plot_history(history: History, title: str = "", ylabel: str = "nats per imag
         raise ValueError("history is empty: train for at least one epoch")
     is_elbo = {"kl", "recon"} <= history.train.keys() and np.allclose(
         np.subtract(history.train["kl"], history.train["recon"]), history.train["loss"], rtol=1e-3)
-    names = {"loss": "-ELBO" if is_elbo else "loss", "kl": "KL(q(z|x) || p(z))",
-             "recon": "recon, log p(x|z)"}
+    names = {"loss": "-ELBO" if is_elbo else "loss", "kl": "KL(q(z|x) || p(z))", "recon": "recon, log p(x|z)"}
     figure, panels = plt.subplots(1, len(history.train), figsize=(3 * len(history.train), 2.6), squeeze=False,
                                   layout="constrained")
     for panel, (name, values) in zip(panels[0], history.train.items(), strict=True):

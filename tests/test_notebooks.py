@@ -9,6 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from cells import path_of
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -130,7 +131,7 @@ def three_classes(tmp_path_factory):
 
 @pytest.mark.parametrize("number", OWN_PICTURES)
 def test_a_folder_of_three_classes_takes_the_place_of_mnist(number, three_classes, tmp_path, monkeypatch):
-    (path,) = (vh.ROOT / "notebooks").glob(f"{number}_*.ipynb")
+    path = path_of(number)
     notebook, own = nbformat.read(path, as_version=4), f"load_data({str(three_classes)!r}, image_size=28, channels=1)"
     for cell in code_cells(notebook):
         cell.source = cell.source.replace('load_data("mnist")', own)
