@@ -25,6 +25,7 @@ import numbers
 import shutil
 import tempfile
 import time
+import traceback
 import types
 import urllib.request
 import warnings
@@ -350,8 +351,15 @@ def _decode_all(pictures: list[tuple[Path, int, str | None]], cache: Path, chann
             shape = (len(of), channels, image_size, image_size)
             pixels = torch.from_file(str(Path(folder, half)), size=math.prod(shape), dtype=torch.uint8)
             kept[half] = (pixels.view(shape), torch.tensor(of))
-        torch.save(kept, file)
-        del kept, pixels  # Windows deletes no file that is mapped
+        try:
+            torch.save(kept, file)
+        except (OSError, RuntimeError) as error:
+            while error:  # the frames hold the mapped files, and these their space on the disk
+                traceback.clear_frames(error.__traceback__)
+                error = error.__context__
+            raise
+        finally:
+            del kept, pixels  # Windows deletes no file that is mapped
 
 
 # ----------------------------------------------------------------------------------------------------- likelihood terms
