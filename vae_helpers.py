@@ -409,7 +409,7 @@ def log_likelihood(model: nn.Module, x: Tensor, y: Tensor | None = None, num_sam
                    chunk: int = 1000) -> Tensor:
     """Estimate of log p(x), nats [B]: the log of the mean of p(x|z) p(z) / q(z|x) over draws z of q(z|x), in eval mode.
     A lower bound in expectation that rises to log p(x) with ``num_samples`` (Burda et al. 2016, arXiv 1509.00519, equation
-    8). At most ``chunk`` images are decoded at once, which bounds the memory; a GPU is faster with 50,000. Raises
+    8). At most ``chunk`` images are decoded at once, which bounds the memory; a GPU is faster with more. Raises
     ValueError for counts below 1 and for y of another length."""
     _check_whole(1, num_samples=num_samples, chunk=chunk, **{"len(x)": len(x)})
     if y is not None and len(y) != len(x):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -86,10 +85,11 @@ def test_the_helper_is_imported_before_torch(notebook):
 
 
 def test_cells_are_short(path, notebook, request):
-    if path.name.startswith("08"):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="8.5: split its longest cells when it runs next"))
-    lines = [sum(bool(line.strip()) for line in cell.source.splitlines()) for cell in code_cells(notebook)]
-    assert statistics.median(lines) <= 8 and max(lines) <= 30
+    lines = sorted(len(cell.source.splitlines()) for cell in code_cells(notebook))
+    assert lines[-1] <= 30
+    if path.name[:2] in ("08", "09"):
+        request.applymarker(pytest.mark.xfail(strict=True, reason="10 and 9 lines: split cells when it runs next"))
+    assert lines[len(lines) // 2] <= 8
 
 
 def test_links_lead_somewhere_and_pictures_have_a_text(path, prose):

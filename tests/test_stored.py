@@ -3,14 +3,13 @@
 import base64
 import io
 import sys
-from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
+from cells import ROOT
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "tools"))
 
 from store import code_checksum, is_stored, scrub, smaller, weights
